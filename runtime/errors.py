@@ -1,0 +1,13 @@
+"""The errors a user can meet. Each message is one sentence that says what to do next."""
+
+
+class LawcatError(Exception):
+    """A user's mistake or a bad file; the command line prints the message and exits with 2."""
+
+    exit_code = 2
+
+
+class CheckFailed(LawcatError):
+    """A check ran and did not pass; the command line exits with 1."""
+
+    exit_code = 1
