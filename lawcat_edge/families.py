@@ -1,0 +1,223 @@
+"""The teachers that can be converted, and the numbers that describe one.
+
+A family is supported when its attention is q, k, v, o projections (with or without biases and q/k norms)
+under rotary embedding, and its MLP is SwiGLU behind RMSNorm. Anything else is refused by name.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from lawcat_edge.runtime.errors import LawcatError
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+ROPE_TYPES = ("default", "linear", "llama3")
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes and switches of a teacher; stored as JSON in the adapter and in the bundle.
+
+    Widths count numbers, not bytes. ``rope_scaling`` is None or
+    ``{"rope_type": "linear" | "llama3", ...}`` with the parameters of that type as transformers names them.
+    ``sliding_window`` is the teacher's own, in tokens.
+    """
+
+    family: str
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    tie_embeddings: bool
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: dict[str, Any] | None = None
+    attention_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: int | None = None
+    max_positions: int = 2048
+
+    def __post_init__(self) -> None:
+        if self.family not in FAMILIES:
+            raise LawcatError(
+                f"The {self.family!r} family is not supported; take a teacher of {', '.join(FAMILIES)}."
+            )
+        limits = {
+            "hidden_size": 1 << 17,
+            "num_layers": 1024,
+            "num_heads": 1024,
+            "num_kv_heads": 1024,
+            "head_dim": 4096,
+            "intermediate_size": 1 << 20,
+            "vocab_size": 1 << 21,
+            "max_positions": 1 << 31,
+        }
+        for name, high in limits.items():
+            value = getattr(self, name)
+            if type(value) is not int or not 1 <= value <= high:
+                raise LawcatError(
+                    f"{name} must be a whole number from 1 to {high}, not {value!r}; check config.json."
+                )
+        if self.num_heads % self.num_kv_heads:
+            raise LawcatError(
+                f"num_heads {self.num_heads} is no multiple of num_kv_heads {self.num_kv_heads}; check config.json."
+            )
+        if self.head_dim % 2:
+            raise LawcatError(f"head_dim must be even for the rotary embedding, not {self.head_dim}.")
+        for name in ("tie_embeddings", "attention_bias", "output_bias", "mlp_bias", "qk_norm"):
+            if type(getattr(self, name)) is not bool:
+                raise LawcatError(
+                    f"{name} must be true or false, not {getattr(self, name)!r}; check config.json."
+                )
+        for name in ("rms_norm_eps", "rope_theta"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+                raise LawcatError(f"{name} must be a positive number, not {value!r}; check config.json.")
+        window = self.sliding_window
+        if window is not None and (type(window) is not int or window < 1):
+            raise LawcatError(f"sliding_window must be a positive whole number or absent, not {window!r}.")
+        self.inv_freq()  # refuses an unknown or incomplete rope_scaling now
+
+    @property
+    def groups(self) -> int:
+        """Query heads that share one key/value head."""
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def query_width(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def attention_scaling(self) -> float:
+        """Factor on cos and sin; 1 for every supported rope type."""
+        return 1.0
+
+    def inv_freq(self) -> np.ndarray:
+        """Rotary frequencies, radians per token, float64 [head_dim / 2], as transformers defines them."""
+        freq = self.rope_theta ** -(np.arange(0, self.head_dim, 2, dtype=np.float64) / self.head_dim)
+        scaling = self.rope_scaling
+        if scaling is None:
+            return freq
+        kind = scaling.get("rope_type")
+        if kind not in ROPE_TYPES:
+            raise LawcatError(
+                f"Rope scaling {kind!r} is not supported; take a teacher with {', '.join(ROPE_TYPES)}."
+            )
+        if kind == "default":
+            return freq
+        try:
+            factor = float(scaling["factor"])
+            if kind == "linear":
+                return freq / factor
+            low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
+            old = float(scaling["original_max_position_embeddings"])
+            if min(factor, low, old, high - low) <= 0:
+                raise ValueError
+        except (KeyError, TypeError, ValueError, ZeroDivisionError):
+            raise LawcatError(
+                f"Rope scaling {scaling!r} is incomplete or wrong; check config.json."
+            ) from None
+        # llama3: slow waves are stretched by the factor, fast ones kept, those between interpolated
+        turns = old * freq / (2 * math.pi)
+        smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
+        return (1 - smooth) * freq / factor + smooth * freq
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Geometry:
+        """From JSON; an unknown or missing key is the user's error."""
+        if not isinstance(data, dict):
+            raise LawcatError("The geometry must be a JSON object; the file is damaged.")
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(set(data) - known)
+        if unknown:
+            raise LawcatError(f"Unknown key {unknown[0]!r} in the geometry; this file needs another version.")
+        try:
+            return cls(**data)
+        except TypeError as error:
+            raise LawcatError(f"The geometry is incomplete ({error}); the file is damaged.") from None
+
+    @classmethod
+    def from_hf(cls, config: Any) -> Geometry:
+        """From a transformers config object or its dict (``config.json``), old and new rope keys alike."""
+        data = config if isinstance(config, dict) else config.to_dict()
+        family = str(data.get("model_type"))
+        if family not in FAMILIES:
+            raise LawcatError(
+                f"The {family!r} family is not supported; take a teacher of {', '.join(FAMILIES)}."
+            )
+        if data.get("hidden_act", "silu") != "silu":
+            raise LawcatError(
+                f"Activation {data['hidden_act']!r} is not supported; take a teacher with 'silu'."
+            )
+        try:
+            hidden, heads = data["hidden_size"], data["num_attention_heads"]
+            rope = data.get("rope_parameters") or {**(data.get("rope_scaling") or {})}
+            kind = rope.get("rope_type", rope.get("type", "default"))
+            if float(rope.get("partial_rotary_factor", 1.0)) != 1.0:
+                raise LawcatError("A partial rotary embedding is not supported; take another teacher.")
+            theta = rope.get("rope_theta", data.get("rope_theta", 10000.0))
+            extra = {
+                key: value for key, value in rope.items() if key not in ("rope_theta", "type", "rope_type")
+            }
+            bias = bool(data.get("attention_bias", False))
+            # Qwen2 always has q, k, v biases and none on o; in Llama and Qwen3 one switch covers all four.
+            return cls(
+                family=family,
+                hidden_size=hidden,
+                num_layers=data["num_hidden_layers"],
+                num_heads=heads,
+                num_kv_heads=data.get("num_key_value_heads") or heads,
+                head_dim=data.get("head_dim") or hidden // heads,
+                intermediate_size=data["intermediate_size"],
+                vocab_size=data["vocab_size"],
+                tie_embeddings=bool(data.get("tie_word_embeddings", False)),
+                rms_norm_eps=float(data["rms_norm_eps"]),
+                rope_theta=float(theta),
+                rope_scaling=None if kind == "default" else {"rope_type": kind, **extra},
+                attention_bias=family == "qwen2" or (bias and family != "mistral"),
+                output_bias=bias and family in ("llama", "qwen3"),
+                mlp_bias=bool(data.get("mlp_bias", False)) and family == "llama",
+                qk_norm=family == "qwen3",
+                sliding_window=_own_window(family, data),
+                max_positions=data.get("max_position_embeddings", 2048),
+            )
+        except KeyError as missing:
+            raise LawcatError(f"config.json has no {missing}; the teacher's folder is incomplete.") from None
+
+
+def _own_window(family: str, data: dict[str, Any]) -> int | None:
+    """The teacher's sliding window where it is the same in all layers; a mixture is refused."""
+    window = data.get("sliding_window")
+    if family == "llama" or window is None:
+        return None
+    if family == "mistral":
+        return int(window)
+    if not data.get("use_sliding_window", False):
+        return None
+    # Qwen: layers from max_window_layers on slide
+    layers = data["num_hidden_layers"]
+    kinds = data.get("layer_types") or [
+        "sliding_attention" if i >= data.get("max_window_layers", layers) else "full_attention"
+        for i in range(layers)
+    ]
+    if len(set(kinds)) > 1:
+        raise LawcatError(
+            "A teacher that mixes sliding and full attention is not supported; take another one."
+        )
+    return int(window) if kinds[0] == "sliding_attention" else None

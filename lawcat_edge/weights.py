@@ -1,0 +1,254 @@
+"""Weights, one tensor (or a few rows) at a time and always float32: the model is never whole in memory."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from lawcat_edge.families import Geometry
+from lawcat_edge.runtime.errors import LawcatError
+
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype("<u2"),
+}
+_MAX_HEADER = 100 << 20  # the format's own limit
+
+
+class WeightSource(Protocol):
+    """Tensors under their Hugging Face names; linear weights are [out, in] as in torch."""
+
+    def names(self) -> list[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def get(self, name: str) -> np.ndarray:
+        """The whole tensor, float32."""
+        ...
+
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """``get(name)[start:stop]`` without reading the rest, float32."""
+        ...
+
+
+def tensor_shapes(geometry: Geometry) -> dict[str, tuple[int, ...]]:
+    """Every tensor a teacher of this geometry has, in the order of the computation."""
+    D, I, V = geometry.hidden_size, geometry.intermediate_size, geometry.vocab_size
+    Q, KV, d = geometry.query_width, geometry.kv_width, geometry.head_dim
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (V, D)}
+    for i in range(geometry.num_layers):
+        at, mlp = f"model.layers.{i}.self_attn.", f"model.layers.{i}.mlp."
+        shapes[f"model.layers.{i}.input_layernorm.weight"] = (D,)
+        for name, width in (("q", Q), ("k", KV), ("v", KV)):
+            shapes[f"{at}{name}_proj.weight"] = (width, D)
+            if geometry.attention_bias:
+                shapes[f"{at}{name}_proj.bias"] = (width,)
+        if geometry.qk_norm:
+            shapes[f"{at}q_norm.weight"] = shapes[f"{at}k_norm.weight"] = (d,)
+        shapes[f"{at}o_proj.weight"] = (D, Q)
+        if geometry.output_bias:
+            shapes[f"{at}o_proj.bias"] = (D,)
+        shapes[f"model.layers.{i}.post_attention_layernorm.weight"] = (D,)
+        for name, shape in (("gate", (I, D)), ("up", (I, D)), ("down", (D, I))):
+            shapes[f"{mlp}{name}_proj.weight"] = shape
+            if geometry.mlp_bias:
+                shapes[f"{mlp}{name}_proj.bias"] = shape[:1]
+    shapes["model.norm.weight"] = (D,)
+    if not geometry.tie_embeddings:
+        shapes["lm_head.weight"] = (V, D)
+    return shapes
+
+
+def check_shapes(source: WeightSource, geometry: Geometry) -> None:
+    """Raise LawcatError when a tensor is missing or has another shape than the geometry says."""
+    present = set(source.names())
+    for name, shape in tensor_shapes(geometry).items():
+        if name not in present:
+            raise LawcatError(
+                f"The teacher's weights lack {name}; its folder is incomplete or of another model."
+            )
+        if source.shape(name) != shape:
+            raise LawcatError(f"{name} is {list(source.shape(name))}, but config.json implies {list(shape)}.")
+
+
+class SafetensorsWeights:
+    """All ``*.safetensors`` of a folder, by plain file reads: a memory map would keep the pages resident."""
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        paths = sorted(Path(folder).glob("*.safetensors"))
+        if not paths:
+            raise LawcatError(f"There is no .safetensors file in {folder}; give the folder of a teacher.")
+        self._index: dict[str, tuple[Path, str, tuple[int, ...], int]] = {}
+        for path in paths:
+            for name, entry in _read_header(path).items():
+                if name in self._index:
+                    raise LawcatError(f"{name} is in two files of {folder}; remove the stale one.")
+                self._index[name] = (path, *entry)
+
+    def names(self) -> list[str]:
+        return list(self._index)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._entry(name)[2]
+
+    def get(self, name: str) -> np.ndarray:
+        shape = self.shape(name)
+        return self._read(name, 0, math.prod(shape)).reshape(shape)
+
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        shape = self.shape(name)
+        width = math.prod(shape[1:])
+        start, stop, _ = slice(start, stop).indices(shape[0])
+        return self._read(name, start * width, max(stop - start, 0) * width).reshape(-1, *shape[1:])
+
+    def _entry(self, name: str) -> tuple[Path, str, tuple[int, ...], int]:
+        try:
+            return self._index[name]
+        except KeyError:
+            raise LawcatError(f"The weights lack {name}; the teacher's folder is of another model.") from None
+
+    def _read(self, name: str, start: int, count: int) -> np.ndarray:
+        path, kind, _, offset = self._entry(name)
+        dtype = _DTYPES[kind]
+        raw = np.fromfile(path, dtype, count, offset=offset + start * dtype.itemsize)
+        if raw.size != count:
+            raise LawcatError(f"{path.name} ends inside {name}; copy the file again.")
+        if kind == "BF16":  # bfloat16 is the upper half of a float32
+            return (raw.astype(np.uint32) << 16).view(np.float32)
+        return raw.astype(np.float32, copy=False)
+
+
+def _read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...], int]]:
+    """name -> (dtype, shape, byte offset in the file), every entry checked against the size of the file."""
+    damaged = LawcatError(f"{path.name} is damaged or truncated; copy the file again.")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(_MAX_HEADER, size - 8):
+            raise damaged
+        try:
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            entries = {}
+            for name, info in header.items():
+                kind, shape, (begin, end) = info["dtype"], tuple(info["shape"]), info["data_offsets"]
+                if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
+                    raise ValueError(name)
+                if kind not in _DTYPES:
+                    raise LawcatError(f"{name} in {path.name} is {kind}; only float tensors are supported.")
+                if end - begin != math.prod(shape) * _DTYPES[kind].itemsize or 8 + length + end > size:
+                    raise ValueError(name)
+                entries[name] = (kind, shape, 8 + length + begin)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise damaged from None
+    return entries
+
+
+class ArrayWeights:
+    """Tensors that are in memory already: a small model in a test, or a torch ``state_dict`` made numpy."""
+
+    def __init__(self, arrays: Mapping[str, np.ndarray]) -> None:
+        self._arrays = dict(arrays)
+
+    def names(self) -> list[str]:
+        return list(self._arrays)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.get(name).shape
+
+    def get(self, name: str) -> np.ndarray:
+        if name not in self._arrays:
+            raise LawcatError(f"The weights lack {name}; the teacher is of another model.")
+        return np.asarray(self._arrays[name], np.float32)
+
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        return self.get(name)[start:stop]
+
+
+class MergedWeights:
+    """A teacher with an adapter's LoRA added on the fly: W + alpha / rank * B A on q, k, v and o."""
+
+    def __init__(self, base: WeightSource, adapter: Any) -> None:
+        """``adapter``: ``.tensors`` (name -> array) and ``.lora`` ({"rank", "alpha"} or None)."""
+        self._base = base
+        self._pairs: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        if not adapter.lora:
+            return
+        scale = np.float32(adapter.lora["alpha"] / adapter.lora["rank"])
+        for name, down in adapter.tensors.items():
+            if name.endswith(".lora_A"):
+                layer, projection = name.removeprefix("layers.").removesuffix(".lora_A").split(".")
+                up = adapter.tensors[name[:-1] + "B"]
+                target = f"model.layers.{layer}.self_attn.{projection}.weight"
+                if base.shape(target) != (up.shape[0], down.shape[1]) or up.shape[1] != down.shape[0]:
+                    raise LawcatError(
+                        f"The adapter's {name} does not fit {target}; it is for another teacher."
+                    )
+                self._pairs[target] = (scale * up.astype(np.float32), down.astype(np.float32))
+
+    def names(self) -> list[str]:
+        return self._base.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._base.shape(name)
+
+    def get(self, name: str) -> np.ndarray:
+        return self.rows(name, 0, self.shape(name)[0]) if name in self._pairs else self._base.get(name)
+
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        block = self._base.rows(name, start, stop)
+        if name in self._pairs:
+            up, down = self._pairs[name]
+            block = block + up[start:stop] @ down
+        return block
+
+
+class RandomWeights:
+    """A teacher of any shape, made up block by block: to test the export of models far larger than memory.
+
+    Values depend on (seed, name, block of 256 rows) only, so any slice of a tensor is reproducible.
+    """
+
+    _BLOCK = 256
+
+    def __init__(self, geometry: Geometry, seed: int = 0) -> None:
+        self._shapes = tensor_shapes(geometry)
+        self._seed = seed
+
+    def names(self) -> list[str]:
+        return list(self._shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
+    def get(self, name: str) -> np.ndarray:
+        return self.rows(name, 0, self._shapes[name][0])
+
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        shape = self._shapes[name]
+        start, stop, _ = slice(start, stop).indices(shape[0])
+        out = np.empty((max(stop - start, 0), *shape[1:]), np.float32)
+        for block in range(start // self._BLOCK, -(-stop // self._BLOCK)):
+            low = block * self._BLOCK
+            high = min(low + self._BLOCK, shape[0])
+            values = self._block(name, block, (high - low, *shape[1:]))
+            first, last = max(start, low), min(stop, high)
+            out[first - start : last - start] = values[first - low : last - low]
+        return out
+
+    def _block(self, name: str, block: int, shape: tuple[int, ...]) -> np.ndarray:
+        generator = np.random.default_rng((self._seed, zlib.crc32(name.encode()), block))
+        values = generator.standard_normal(shape, np.float32)
+        if name.endswith("norm.weight"):
+            return 1 + np.float32(0.1) * values
+        # 1/sqrt(fan-in) keeps activations at the size of a real model's
+        return values * np.float32(0.02 if len(shape) == 1 else shape[-1] ** -0.5)
