@@ -69,7 +69,7 @@ class Geometry:
                 )
         if self.num_heads % self.num_kv_heads:
             raise LawcatError(
-                f"num_heads {self.num_heads} is no multiple of num_kv_heads {self.num_kv_heads}; check config.json."
+                f"{self.num_heads} query heads are no multiple of {self.num_kv_heads} kv heads; check config.json."
             )
         if self.head_dim % 2:
             raise LawcatError(f"head_dim must be even for the rotary embedding, not {self.head_dim}.")
@@ -171,7 +171,7 @@ class Geometry:
             kind = rope.get("rope_type", rope.get("type", "default"))
             if float(rope.get("partial_rotary_factor", 1.0)) != 1.0:
                 raise LawcatError("A partial rotary embedding is not supported; take another teacher.")
-            theta = rope.get("rope_theta", data.get("rope_theta", 10000.0))
+            theta = float(rope.get("rope_theta") or data.get("rope_theta") or 10000.0)
             extra = {
                 key: value for key, value in rope.items() if key not in ("rope_theta", "type", "rope_type")
             }
@@ -188,7 +188,7 @@ class Geometry:
                 vocab_size=data["vocab_size"],
                 tie_embeddings=bool(data.get("tie_word_embeddings", False)),
                 rms_norm_eps=float(data["rms_norm_eps"]),
-                rope_theta=float(theta),
+                rope_theta=theta,
                 rope_scaling=None if kind == "default" else {"rope_type": kind, **extra},
                 attention_bias=family == "qwen2" or (bias and family != "mistral"),
                 output_bias=bias and family in ("llama", "qwen3"),
