@@ -37,3 +37,19 @@ def gated_linear_attention(
     if q.shape[1] == 1:
         return gla_step(q, k, v, g, S0, z0)  # type: ignore[return-value]
     return gla_chunk(q, k, v, g, S0, z0)  # type: ignore[return-value]
+
+
+def normalised_gla(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    S0: Tensor | None = None,
+    z0: Tensor | None = None,
+    *,
+    eps: float,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y = n / (den + eps) [B,T,H,d] with the state S, z after the last token; shapes as above."""
+    n, den, S, z = gated_linear_attention(q, k, v, g, S0, z0, backend)
+    return n / (den[..., None] + eps), S, z

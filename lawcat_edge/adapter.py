@@ -1,0 +1,160 @@
+"""The adapter: all that distillation adds to a teacher, a few MB in a folder.
+
+    lawcat_config.json     LawcatConfig, geometry, LoRA rank and alpha, the teacher's name and sha256, training facts
+    adapter.safetensors    conv taps, feature map, gate, omega, LoRA A and B (names in ``LawcatModel``)
+    train_log.jsonl        one line per logged step
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lawcat_edge.config import LawcatConfig
+from lawcat_edge.families import Geometry
+from lawcat_edge.runtime.errors import LawcatError
+from lawcat_edge.runtime.files import atomic_folder, read_json, sha256_file, write_json
+
+if TYPE_CHECKING:
+    from lawcat_edge.teacher import Teacher
+
+FORMAT = 1
+MAX_TENSOR_BYTES = 1 << 31
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Trained parameters of a LAWCAT student, as float32 arrays, with what they belong to."""
+
+    config: LawcatConfig
+    geometry: Geometry
+    teacher: str
+    teacher_sha256: str
+    tensors: dict[str, np.ndarray]
+    lora: dict[str, float] | None = None
+    training: dict[str, Any] = field(default_factory=dict)
+    sha256: str = ""
+
+    def check_teacher(self, teacher: Teacher) -> None:
+        if teacher.sha256 != self.teacher_sha256:
+            raise LawcatError(
+                f"This adapter belongs to the teacher {self.teacher!r} (sha256 {self.teacher_sha256[:12]}…), not to "
+                f"{teacher.name!r} ({teacher.sha256[:12]}…); give the teacher that it was trained on."
+            )
+
+    def expected_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor this adapter must hold, with its shape."""
+        g, c = self.geometry, self.config
+        H, G, d, D = g.num_heads, g.num_kv_heads, g.head_dim, g.hidden_size
+        new: dict[str, tuple[int, ...]] = {
+            "conv_q": (H * d, c.conv_kernel),
+            "conv_k": (H * d, c.conv_kernel),
+            "feature": (H, d, c.feature_dim),
+            "gate_a": (D, c.gate_rank),
+            "gate_b": (c.gate_rank, G * c.key_dim),
+            "gate_bias": (G * c.key_dim,),
+        }
+        if c.window:
+            new["omega"] = (H,)
+        if self.lora is not None:
+            r = int(self.lora["rank"])
+            for name, (n_in, n_out) in {
+                "q_proj": (D, H * d),
+                "k_proj": (D, G * d),
+                "v_proj": (D, G * d),
+                "o_proj": (H * d, D),
+            }.items():
+                new[f"{name}.lora_A"], new[f"{name}.lora_B"] = (r, n_in), (n_out, r)
+        return {f"layers.{i}.{name}": shape for i in range(g.num_layers) for name, shape in new.items()}
+
+    def save(self, folder: Path, half: bool = False, extra: dict[str, bytes] | None = None) -> None:
+        """Write the whole folder at once (a kill leaves the old one); ``half`` stores float16, for publishing.
+
+        extra: more files of the folder by name (the training log, plots, the model card).
+        """
+        from safetensors.numpy import save
+
+        dtype = np.float16 if half else np.float32
+        tensors = {k: np.ascontiguousarray(v, dtype=dtype) for k, v in self.tensors.items()}
+        with atomic_folder(folder, "lawcat_config.json") as building:
+            (building / "adapter.safetensors").write_bytes(save(tensors))
+            for name, content in (extra or {}).items():
+                (building / name).write_bytes(content)
+            config = {
+                "format": FORMAT,
+                "lawcat": self.config.to_dict(),
+                "geometry": self.geometry.to_dict(),
+                "teacher": self.teacher,
+                "teacher_sha256": self.teacher_sha256,
+                "lora": self.lora,
+                "training": self.training,
+                "tensors_sha256": sha256_file(building / "adapter.safetensors"),
+            }
+            write_json(building / "lawcat_config.json", config)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Adapter:
+        folder = Path(folder)
+        path = folder / "lawcat_config.json"
+        if not path.is_file():
+            raise LawcatError(f"{folder} is no adapter: it has no lawcat_config.json; make one with lawcat-edge distill.")
+        data = read_json(path)
+        check = functools.partial(_field, data, path)
+        if check("format", int) != FORMAT:
+            raise LawcatError(f"{path} has format {data['format']}, this version reads {FORMAT}; update lawcat-edge.")
+        lora = data.get("lora")
+        if lora is not None:
+            rank, alpha = (lora.get("rank"), lora.get("alpha")) if isinstance(lora, dict) else (None, None)
+            if type(rank) is not int or not 0 < rank <= 4096 or not isinstance(alpha, (int, float)):
+                raise LawcatError(f"{path}: field 'lora' must hold a rank from 1 to 4096 and an alpha.")
+        file = folder / "adapter.safetensors"
+        if not file.is_file():
+            raise LawcatError(f"{folder} has no adapter.safetensors; copy the whole adapter folder.")
+        digest = sha256_file(file)
+        if digest != check("tensors_sha256", str):
+            raise LawcatError(f"{file} is damaged or from another adapter: its sha256 is not the recorded one; copy it anew.")
+        adapter = cls(
+            config=LawcatConfig.from_dict(check("lawcat", dict)),
+            geometry=Geometry.from_dict(check("geometry", dict)),
+            teacher=check("teacher", str),
+            teacher_sha256=check("teacher_sha256", str),
+            tensors=_read_tensors(file),
+            lora=lora,
+            training=check("training", dict),
+            sha256=digest,
+        )
+        expected = adapter.expected_shapes()
+        for name in sorted(set(expected) | set(adapter.tensors)):
+            got = adapter.tensors[name].shape if name in adapter.tensors else None
+            if got != expected.get(name):
+                raise LawcatError(f"{file}: tensor {name!r} is {got}, the config asks for {expected.get(name)}.")
+            if not np.isfinite(adapter.tensors[name]).all():
+                raise LawcatError(f"{file}: tensor {name!r} holds NaN or infinity; distil again or copy it anew.")
+        return adapter
+
+
+def _field(data: Any, path: Path, name: str, kind: type) -> Any:
+    value = data.get(name) if isinstance(data, dict) else None
+    if type(value) is not kind:
+        raise LawcatError(f"{path}: field {name!r} is missing or is no {kind.__name__}; copy the adapter anew.")
+    return value
+
+
+def _read_tensors(file: Path) -> dict[str, np.ndarray]:
+    from safetensors import SafetensorError, safe_open
+
+    tensors = {}
+    try:
+        with safe_open(file, framework="numpy") as handle:
+            for name in handle.keys():  # noqa: SIM118 (safe_open is no dict)
+                view = handle.get_slice(name)
+                if view.get_dtype() not in ("F16", "F32") or int(np.prod(view.get_shape())) * 4 > MAX_TENSOR_BYTES:
+                    raise LawcatError(f"{file}: tensor {name!r} must be F16 or F32 and below 2 GiB.")
+                tensors[name] = handle.get_tensor(name).astype(np.float32)
+    except SafetensorError as error:
+        raise LawcatError(f"{file} is no readable safetensors file ({error}); copy the adapter anew.") from None
+    return tensors

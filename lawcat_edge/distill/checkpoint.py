@@ -1,0 +1,112 @@
+"""Checkpoints: everything a run needs to go on exactly where it was, in safetensors and JSON.
+
+    state.safetensors   adapter parameters by name, and AdamW's moments as ``exp_avg/<name>``, ``exp_avg_sq/<name>``
+    state.json          stage, step, tokens, settings, teacher, sha256 of the tensors, loss scale for the guard
+
+The data position needs no file: sequences are a function of seed and index, and the index follows from the step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lawcat_edge.runtime.errors import LawcatError
+from lawcat_edge.runtime.files import atomic_folder, read_json, sha256_file, write_json
+
+FORMAT = 1
+
+
+@dataclass
+class Progress:
+    """Where a run stands. best: smallest smoothed loss of the stage so far (the explosion guard's yardstick)."""
+
+    stage: str
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    smoothed: float = 0.0
+    best: float = float("inf")
+
+
+def save_checkpoint(
+    folder: Path,
+    parameters: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    facts: dict[str, Any],
+) -> None:
+    from safetensors.torch import save_file
+
+    tensors: dict[str, Tensor] = {name: p.detach().cpu().contiguous() for name, p in parameters.items()}
+    steps: dict[str, float] = {}
+    for name, parameter in parameters.items():
+        state = optimizer.state.get(parameter)
+        if state:
+            steps[name] = float(state["step"])
+            for moment in ("exp_avg", "exp_avg_sq"):
+                tensors[f"{moment}/{name}"] = state[moment].detach().cpu().contiguous()
+    with atomic_folder(folder, "state.json") as building:
+        save_file(tensors, building / "state.safetensors")
+        digest = sha256_file(building / "state.safetensors")
+        plain = {k: (None if v == float("inf") else v) for k, v in vars(progress).items()}
+        write_json(
+            building / "state.json",
+            {"format": FORMAT, "progress": plain, "optimizer_steps": steps, "sha256": digest, **facts},
+        )
+
+
+def read_progress(folder: Path, facts: dict[str, Any]) -> Progress:
+    """Progress of a checkpoint made with the same ``facts`` (settings, teacher); another run's is refused."""
+    data = read_json(folder / "state.json")
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise LawcatError(f"{folder} is no checkpoint of this version; remove it and start the run anew.")
+    for name, value in facts.items():
+        if data.get(name) != value:
+            differing = name
+            if isinstance(value, dict) and isinstance(data.get(name), dict):
+                differing = next((k for k in value if data[name].get(k) != value[k]), name)
+            raise LawcatError(
+                f"The checkpoint in {folder} was made with another {differing!r}; resume with the same settings, or "
+                f"remove the folder and start anew."
+            )
+    try:
+        values = dict(data["progress"])
+        if values["best"] is None:
+            values["best"] = float("inf")
+        return Progress(**values)
+    except (KeyError, TypeError) as error:
+        raise LawcatError(f"{folder}/state.json is damaged ({error}); remove it and start anew.") from None
+
+
+def load_tensors(
+    folder: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer | None
+) -> None:
+    """Copy a checkpoint's parameters (and moments, with an optimizer) in place."""
+    from safetensors.torch import load_file
+
+    data = read_json(folder / "state.json")
+    file = folder / "state.safetensors"
+    if sha256_file(file) != data.get("sha256"):
+        raise LawcatError(f"{file} is damaged (its sha256 is not the recorded one); remove {folder} and start anew.")
+    tensors = load_file(file)
+    steps = data.get("optimizer_steps", {})
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            if name not in tensors or tensors[name].shape != parameter.shape:
+                raise LawcatError(f"{file} has no {name!r} of the right shape; remove {folder} and start anew.")
+            parameter.copy_(tensors[name])
+            if optimizer is None or name not in steps:
+                continue
+            # capturable and fused AdamW keep the step on the device, the plain one on the CPU
+            fused = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+            device = parameter.device if fused else torch.device("cpu")
+            optimizer.state[parameter] = {
+                "step": torch.tensor(steps[name], device=device),
+                "exp_avg": tensors[f"exp_avg/{name}"].to(parameter.device),
+                "exp_avg_sq": tensors[f"exp_avg_sq/{name}"].to(parameter.device),
+            }

