@@ -1,0 +1,56 @@
+"""Small stand-ins shared by the tests of data and evaluation: a byte-level tokenizer and some prose."""
+
+import functools
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+SUBJECTS = (
+    "The miller",
+    "A quiet neighbour",
+    "My older sister",
+    "The harbour master",
+    "Nobody in town",
+    "The clerk",
+)
+VERBS = ("remembered", "forgot about", "painted", "wrote down", "argued over", "carefully measured")
+OBJECTS = (
+    "the narrow bridge",
+    "an unpaid bill",
+    "seven lanterns",
+    "the winter of that year",
+    "a letter",
+    "the tide",
+)
+
+
+def prose(sentences: int) -> str:
+    """English sentences without any word that a task asks for, none of them the same as its neighbour."""
+    made = []
+    for i in range(sentences):
+        subject, verb, thing = SUBJECTS[i % 6], VERBS[(i // 2) % 6], OBJECTS[(i * 5 + i // 6) % 6]
+        made.append(f"{subject} {verb} {thing}{', and later denied it' * (i % 3 == 0)}.")
+    return " ".join(made)
+
+
+def train_tokenizer(bos: bool = False) -> tokenizers.Tokenizer:
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=["<|endoftext|>", "<s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([prose(200)], trainer)
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return tokenizer
+
+
+@functools.cache
+def toy_tokenizer(bos: bool = False) -> tokenizers.Tokenizer:
+    return train_tokenizer(bos)
