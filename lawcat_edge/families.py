@@ -69,7 +69,7 @@ class Geometry:
                 )
         if self.num_heads % self.num_kv_heads:
             raise LawcatError(
-                f"{self.num_heads} query heads are no multiple of {self.num_kv_heads} kv heads; check config.json."
+                f"{self.num_heads} heads are no multiple of {self.num_kv_heads} kv heads; check config.json."
             )
         if self.head_dim % 2:
             raise LawcatError(f"head_dim must be even for the rotary embedding, not {self.head_dim}.")
