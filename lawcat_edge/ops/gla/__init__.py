@@ -9,6 +9,8 @@ from lawcat_edge.ops.backend import choose
 from lawcat_edge.ops.gla.chunk import gla_chunk
 from lawcat_edge.ops.gla.step import gla_step
 
+__all__ = ["gated_linear_attention", "gla_chunk", "gla_step", "normalised_gla"]
+
 
 def gated_linear_attention(
     q: Tensor,
@@ -53,3 +55,30 @@ def normalised_gla(
     """y = n / (den + eps) [B,T,H,d] with the state S, z after the last token; shapes as above."""
     n, den, S, z = gated_linear_attention(q, k, v, g, S0, z0, backend)
     return n / (den[..., None] + eps), S, z
+
+
+def normalised_gla(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    S0: Tensor | None = None,
+    z0: Tensor | None = None,
+    eps: float = 1e-6,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y = n / (den + eps) and the state after the last token; arguments as for :func:`gated_linear_attention`.
+
+    The form to take where nothing else is mixed into the denominator (no sliding window): on Triton the division is
+    part of the kernel, and one token without gradients takes the decoding kernel.
+    Returns y [B,T,H,d] in q's dtype, S [B,H,F,d], z [B,H,F].
+    """
+    if choose(backend, q) == "triton":
+        from lawcat_edge.ops.gla.triton import gla_step_triton, gla_triton_normalised
+
+        if q.shape[1] == 1 and S0 is not None and z0 is not None and not torch.is_grad_enabled():
+            y, _, S, z = gla_step_triton(q, k, v, g, S0, z0, eps)
+            return y, S, z
+        return gla_triton_normalised(q, k, v, g, S0, z0, eps)
+    n, den, S, z = gated_linear_attention(q, k, v, g, S0, z0, backend="torch")
+    return n / (den + eps)[..., None], S, z
