@@ -24,5 +24,7 @@ def choose(backend: str, tensor: Tensor) -> str:
     if backend == "auto":
         return "triton" if tensor.is_cuda and triton_available() else "torch"
     if backend == "triton" and not triton_available():
-        raise LawcatError("The Triton backend needs triton; install lawcat-edge[triton] or choose --backend torch.")
+        raise LawcatError(
+            "The Triton backend needs triton; install lawcat-edge[triton] or choose --backend torch."
+        )
     return backend

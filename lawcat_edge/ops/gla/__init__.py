@@ -23,8 +23,8 @@ def gated_linear_attention(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Numerator and denominator of the linear branch, and the state after the last token.
 
-    q, k [B,T,H,F]; v [B,T,G,d]; g [B,T,G,F], log-decay <= 0; S0 [B,H,F,d] and z0 [B,H,F] in float32, zero when
-    None. Returns n [B,T,H,d], den [B,T,H], S [B,H,F,d], z [B,H,F]; y = n / (den + eps).
+    q, k [B,T,H,F]; v [B,T,G,d]; g [B,T,G,F], log-decay <= 0; S0 [B,H,F,d] and z0 [B,H,F] in float32, zero
+    when None. Returns n [B,T,H,d], den [B,T,H], S [B,H,F,d], z [B,H,F]; y = n / (den + eps).
     """
     B, _, H, K = q.shape
     work = torch.promote_types(q.dtype, torch.float32)
@@ -52,26 +52,9 @@ def normalised_gla(
     eps: float,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y = n / (den + eps) [B,T,H,d] with the state S, z after the last token; shapes as above."""
-    n, den, S, z = gated_linear_attention(q, k, v, g, S0, z0, backend)
-    return n / (den[..., None] + eps), S, z
+    """y = n / (den + eps) [B,T,H,d] with the state S, z after the last token; shapes as above.
 
-
-def normalised_gla(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    g: Tensor,
-    S0: Tensor | None = None,
-    z0: Tensor | None = None,
-    eps: float = 1e-6,
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y = n / (den + eps) and the state after the last token; arguments as for :func:`gated_linear_attention`.
-
-    The form to take where nothing else is mixed into the denominator (no sliding window): on Triton the division is
-    part of the kernel, and one token without gradients takes the decoding kernel.
-    Returns y [B,T,H,d] in q's dtype, S [B,H,F,d], z [B,H,F].
+    On Triton the division is part of the kernel, and one token without gradients takes the decoding kernel.
     """
     if choose(backend, q) == "triton":
         from lawcat_edge.ops.gla.triton import gla_step_triton, gla_triton_normalised
@@ -80,5 +63,5 @@ def normalised_gla(
             y, _, S, z = gla_step_triton(q, k, v, g, S0, z0, eps)
             return y, S, z
         return gla_triton_normalised(q, k, v, g, S0, z0, eps)
-    n, den, S, z = gated_linear_attention(q, k, v, g, S0, z0, backend="torch")
-    return n / (den + eps)[..., None], S, z
+    n, den, S, z = gated_linear_attention(q, k, v, g, S0, z0, backend)
+    return n / (den[..., None] + eps), S, z

@@ -56,9 +56,8 @@ def gla_chunk(q: Tensor, k: Tensor, v: Tensor, g: Tensor, S0: Tensor, z0: Tensor
 
 def _scores_mild(q: Tensor, k: Tensor, b: Tensor) -> Tensor:
     C = q.shape[3]
-    middle = b[
-        :, :, :, C // 2 : C // 2 + 1
-    ].detach()  # any reference cancels; the middle keeps exponents small
+    # any reference cancels; the middle keeps exponents small
+    middle = b[:, :, :, C // 2 : C // 2 + 1].detach()
     return ((q * (b - middle).exp()) @ (k * (middle - b).exp()).transpose(-1, -2)).tril()
 
 
