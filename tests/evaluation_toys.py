@@ -22,6 +22,15 @@ OBJECTS = (
     "a letter",
     "the tide",
 )
+TASK_TEXTS = (
+    "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.",
+    "An important fact is hidden in irrelevant text. Find it and memorize it.",
+    "What is the pass key? The pass key is",
+    "One of the special magic numbers for is: What is the special magic number mentioned in the text?",
+    "Mary John Daniel Sandra moved went back travelled journeyed to the bathroom bedroom garden hallway",
+    "kitchen office got took grabbed picked up the apple football milk dropped left discarded put down",
+    "Question: Where was the apple before the kitchen?",
+)
 
 
 def prose(sentences: int) -> str:
@@ -40,12 +49,12 @@ def train_tokenizer(bos: bool = False) -> tokenizers.Tokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=600,
+        vocab_size=900,
         special_tokens=["<|endoftext|>", "<s>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([prose(200)], trainer)
+    tokenizer.train_from_iterator([prose(200), *TASK_TEXTS * 40], trainer)
     if bos:
         tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return tokenizer
