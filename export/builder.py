@@ -1,0 +1,77 @@
+"""A thin layer over onnx_ir: nodes and initialisers by name, templates instantiated with other inputs."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+MS = "com.microsoft"
+
+
+class GraphBuilder:
+    """Collects the nodes of one graph. Initialisers are made on first use and shared by name."""
+
+    def __init__(self, tensors: Mapping[str, ir.ExternalTensor]) -> None:
+        self._tensors = tensors
+        self._initializers: dict[str, ir.Value] = {}
+        self.nodes: list[ir.Node] = []
+        self.inputs: list[ir.Value] = []
+        self.outputs: list[ir.Value] = []
+
+    def input(self, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
+        value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
+        self.inputs.append(value)
+        return value
+
+    def output(self, value: ir.Value, name: str, shape: Sequence[int | str]) -> None:
+        value.name, value.type, value.shape = name, ir.TensorType(ir.DataType.FLOAT), ir.Shape(shape)
+        self.outputs.append(value)
+
+    def stored(self, name: str) -> ir.Value:
+        """A tensor of the weights file."""
+        return self._initializer(name, self._tensors[name])
+
+    def constant(self, value: np.ndarray, name: str | None = None) -> ir.Value:
+        """A small tensor inside the graph file; equal ones are one."""
+        value = np.asarray(value)
+        digest = hashlib.sha1(value.tobytes(), usedforsecurity=False).hexdigest()[:16]
+        name = name or f"const_{value.dtype}_{'x'.join(map(str, value.shape))}_{digest}"
+        return self._initializer(name, ir.Tensor(value, name=name))
+
+    def _initializer(self, name: str, tensor: Any) -> ir.Value:
+        if name not in self._initializers:
+            self._initializers[name] = ir.Value(
+                name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor
+            )
+        return self._initializers[name]
+
+    def node(
+        self,
+        op: str,
+        inputs: Sequence[ir.Value | None],
+        name: str,
+        domain: str = "",
+        outputs: int = 1,
+        **attributes: Any,
+    ) -> Any:
+        """Add a node; its output, or a tuple of them, named after the node."""
+        node = ir.node(op, inputs, attributes=attributes, domain=domain, num_outputs=outputs, name=name)
+        for i, value in enumerate(node.outputs):
+            value.name = name if i == 0 else f"{name}:{i}"
+        self.nodes.append(node)
+        return node.outputs[0] if outputs == 1 else tuple(node.outputs)
+
+    def model(self, opset_imports: dict[str, int]) -> ir.Model:
+        graph = ir.Graph(
+            self.inputs,
+            self.outputs,
+            nodes=self.nodes,
+            initializers=list(self._initializers.values()),
+            opset_imports=opset_imports,
+            name="lawcat",
+        )
+        return ir.Model(graph, ir_version=10, producer_name="lawcat-edge")

@@ -1,0 +1,254 @@
+"""Teacher weights + adapter -> bundle: trace one layer, stitch, stream the weights, verify, put in place."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from lawcat_edge.config import LawcatConfig
+from lawcat_edge.export.extras import copy_tokenizer, genai_config, token_ids
+from lawcat_edge.export.layout import Layout, table_view
+from lawcat_edge.export.schemes import Scheme, load_scheme
+from lawcat_edge.export.stitch import stitch
+from lawcat_edge.export.trace import trace_layer, trace_window
+from lawcat_edge.export.verify import Reference, verify_folder
+from lawcat_edge.export.writer import JOURNAL, DataWriter
+from lawcat_edge.families import Geometry
+from lawcat_edge.runtime.bundle import MANIFEST, Manifest, expected_state, write_manifest
+from lawcat_edge.runtime.errors import LawcatError
+from lawcat_edge.runtime.files import FileLock, atomic_folder, write_json
+from lawcat_edge.weights import MergedWeights, WeightSource, check_shapes
+
+FLAVOURS = ("ort",)
+VERIFY_TOKENS = 128
+Progress = Callable[[str, int, int], None]
+
+
+def export_bundle(
+    weights: WeightSource,
+    geometry: Geometry,
+    config: LawcatConfig,
+    adapter: Any | None,
+    out: Path | str,
+    *,
+    scheme: str | Scheme = "int8",
+    ops: Sequence[str] = ("ort",),
+    tokenizer_files: Path | str,
+    source: Mapping[str, Any] | None = None,
+    name: str | None = None,
+    verify: bool = True,
+    verify_tokens: Sequence[int] | None = None,
+    reference: Reference | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write the bundle ``out`` (a folder, replaced as a whole) and return a report.
+
+    weights: the teacher's, without low-rank updates (these are in the adapter and are merged here).
+    adapter: ``.tensors`` and ``.lora``; None takes an untrained conversion, as distillation starts from.
+    tokenizer_files: folder with tokenizer.json (and the chat template, generation config where there are any).
+    source: {"teacher", "teacher_sha256", "adapter_sha256"} for the manifest.
+    reference: tokens [T] -> logits [T,V] of the torch student; without it the bundle is only checked to run.
+    progress: called with (what, done, total).
+
+    Raises CheckFailed when the bundle is further from the reference than the scheme allows, LawcatError for what
+    does not fit together. A killed export is taken up again by the next one with the same arguments.
+    """
+    begun = time.perf_counter()
+    scheme = load_scheme(scheme) if isinstance(scheme, str) else scheme
+    for op in ops:
+        if op not in FLAVOURS:
+            raise LawcatError(f"Unknown operators {op!r}; choose from {', '.join(FLAVOURS)}.")
+    check_shapes(weights, geometry)
+    tensors = untrained_tensors(geometry, config) if adapter is None else adapter.tensors
+    check_adapter(tensors, geometry, config)
+    merged = weights if adapter is None else MergedWeights(weights, adapter)
+    layout = Layout(geometry, config, scheme, merged, tensors)
+    out = Path(os.path.abspath(out))
+    source = {"teacher": "", "teacher_sha256": "0" * 64, "adapter_sha256": None, **(source or {})}
+    report = progress or (lambda what, done, total: None)
+
+    staging = out.with_name(f".{out.name}.export")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with _readable_errors(out), FileLock(staging):
+        staging.mkdir(exist_ok=True)
+        stored = _store(layout, staging, _fingerprint(layout, source), report)
+        report("graph", 0, 1)
+        nodes = _write_graphs(layout, staging, stored, ops)
+        copy_tokenizer(Path(tokenizer_files), staging)
+        tokens = token_ids(Path(tokenizer_files))
+        write_json(staging / "genai_config.json", genai_config(geometry, config, tokens))
+        (staging / JOURNAL).rename(staging.with_name(f".{out.name}.journal"))
+        manifest = Manifest(
+            name=name or out.name,
+            created_by=f"lawcat-edge {_version()}",
+            source=dict(source),
+            lawcat=config.to_dict(),
+            geometry=geometry.to_dict(),
+            scheme=scheme.name,
+            ops=list(ops),
+            graphs={"ort": {"last": "model.onnx", "all": "model_all.onnx"}},
+            state=expected_state(geometry.to_dict(), config.to_dict()),
+            tokens=tokens,
+        )
+        write_manifest(staging, manifest)
+        agreement = None
+        if verify:
+            report("verify", 0, 1)
+            ids = verify_tokens if verify_tokens is not None else sample_tokens(geometry)
+            manifest.parity, agreement = verify_folder(
+                staging, ids, reference, scheme.max_rel_err, scheme.max_kl
+            )
+            write_manifest(staging, manifest)
+        sizes = {path.name: path.stat().st_size for path in staging.iterdir()}
+        with atomic_folder(out, MANIFEST) as final:
+            for path in staging.iterdir():
+                path.rename(final / path.name)
+        shutil.rmtree(staging, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            staging.with_name(f".{out.name}.journal").unlink()
+    return {
+        "bundle": str(out),
+        "scheme": scheme.name,
+        "ops": list(ops),
+        "bytes": sum(sizes.values()),
+        "files": sizes,
+        "nodes_per_layer": nodes,
+        "state_bytes": manifest.state_bytes,
+        "seconds": round(time.perf_counter() - begun, 2),
+        "rel_err": agreement.rel_err if agreement else None,
+        "kl": agreement.kl if agreement else None,
+        "top1": agreement.top1 if agreement else None,
+    }
+
+
+def _store(layout: Layout, folder: Path, fingerprint: str, report: Progress) -> dict[str, ir.ExternalTensor]:
+    total = layout.geometry.num_layers + 2
+    with DataWriter(folder, fingerprint) as writer:
+        report("weights", 0, total)
+        writer.group("embedding", lambda: layout.store_embedding(writer))
+        writer.group("first_norm", lambda: layout.store_first_norm(writer))
+        for i in range(layout.geometry.num_layers):
+            writer.group(f"layer {i}", lambda i=i: layout.store_layer(writer, i))  # type: ignore[misc]
+            report("weights", i + 1, total)
+        writer.group("head", lambda: layout.store_head(writer))
+        report("weights", total, total)
+        spec = layout.embedding_spec
+        if spec.kind == "nbits":
+            table_view(writer, f"embedding.q{spec.bits}")
+        return writer.tensors
+
+
+def _write_graphs(
+    layout: Layout, folder: Path, tensors: Mapping[str, ir.ExternalTensor], ops: Sequence[str]
+) -> float:
+    """Both graphs; returns the mean number of nodes a layer."""
+    layer = trace_layer(layout.geometry, layout.config)
+    window = trace_window(layout.geometry, layout.config) if layout.config.window else None
+    count = 0
+    for file, all_positions in (("model.onnx", False), ("model_all.onnx", True)):
+        model = stitch(layout, tensors, layer, window, all_positions)
+        ir.save(model, folder / file)
+        per_layer = Counter((node.name or "").split("/")[0] for node in model.graph)
+        count = sum(n for key, n in per_layer.items() if key.startswith("layers."))
+    return round(count / layout.geometry.num_layers, 2)
+
+
+def untrained_tensors(geometry: Geometry, config: LawcatConfig, seed: int = 0) -> dict[str, np.ndarray]:
+    """New parameters as distillation starts from (the paper's initialisation), for every layer."""
+    g, c = geometry, config
+    generator = np.random.default_rng(seed)
+    taps = np.full((g.query_width, c.conv_kernel), 0.001, np.float32)
+    taps[:, -1] = 1.0
+
+    def normal(std: float, *shape: int) -> np.ndarray:
+        return generator.standard_normal(shape, np.float32) * np.float32(std)
+
+    tensors = {}
+    for i in range(g.num_layers):
+        new = {
+            "conv_q": taps,
+            "conv_k": taps,
+            "feature": normal(g.head_dim**-0.5, g.num_heads, g.head_dim, c.feature_dim),
+            "gate_a": normal(0.006, g.hidden_size, c.gate_rank),
+            "gate_b": normal(0.006, c.gate_rank, g.num_kv_heads * c.key_dim),
+            "gate_bias": np.zeros(g.num_kv_heads * c.key_dim, np.float32),
+        }
+        if c.window:
+            new["omega"] = np.zeros(g.num_heads, np.float32)
+        tensors |= {f"layers.{i}.{name}": value for name, value in new.items()}
+    return tensors
+
+
+def check_adapter(tensors: Mapping[str, np.ndarray], geometry: Geometry, config: LawcatConfig) -> None:
+    """Raise LawcatError when a new parameter is missing or has another shape than the settings imply."""
+    for name, like in untrained_shapes(geometry, config).items():
+        got = tensors[name].shape if name in tensors else None
+        if got != like:
+            raise LawcatError(f"The adapter's {name} is {got}, its settings imply {like}; it is damaged.")
+
+
+def untrained_shapes(geometry: Geometry, config: LawcatConfig) -> dict[str, tuple[int, ...]]:
+    g, c = geometry, config
+    shapes: dict[str, tuple[int, ...]] = {}
+    for i in range(g.num_layers):
+        shapes |= {
+            f"layers.{i}.conv_q": (g.query_width, c.conv_kernel),
+            f"layers.{i}.conv_k": (g.query_width, c.conv_kernel),
+            f"layers.{i}.feature": (g.num_heads, g.head_dim, c.feature_dim),
+            f"layers.{i}.gate_a": (g.hidden_size, c.gate_rank),
+            f"layers.{i}.gate_b": (c.gate_rank, g.num_kv_heads * c.key_dim),
+            f"layers.{i}.gate_bias": (g.num_kv_heads * c.key_dim,),
+        }
+        if c.window:
+            shapes[f"layers.{i}.omega"] = (g.num_heads,)
+    return shapes
+
+
+def sample_tokens(geometry: Geometry, count: int = VERIFY_TOKENS, seed: int = 1) -> list[int]:
+    """Token ids to replay when the caller has no text: random ones."""
+    generator = np.random.default_rng(seed)
+    return [int(t) for t in generator.integers(0, geometry.vocab_size, count)]
+
+
+def _fingerprint(layout: Layout, source: Mapping[str, Any]) -> str:
+    """Of everything the weights file depends on."""
+    digest = hashlib.sha256()
+    what = [
+        layout.geometry.to_dict(),
+        layout.config.to_dict(),
+        layout.scheme.to_dict(),
+        dict(source),
+        _version(),
+    ]
+    digest.update(json.dumps(what, sort_keys=True).encode())
+    for name in sorted(layout.adapter):
+        digest.update(name.encode() + np.ascontiguousarray(layout.adapter[name]).tobytes())
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _readable_errors(out: Path) -> Any:
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise LawcatError(f"Cannot write {out}: {reason}; make room or choose another folder.") from error
+
+
+def _version() -> str:
+    try:
+        return version("lawcat-edge")
+    except PackageNotFoundError:
+        return "0.1.0"

@@ -1,0 +1,200 @@
+"""What is stored for each layer, and from which of the teacher's and the adapter's tensors it is made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from lawcat_edge.config import LawcatConfig
+from lawcat_edge.export import products
+from lawcat_edge.export.schemes import Product, Scheme
+from lawcat_edge.export.step import Widths
+from lawcat_edge.export.writer import DataWriter
+from lawcat_edge.families import Geometry
+from lawcat_edge.runtime.errors import LawcatError
+from lawcat_edge.weights import WeightSource
+
+_BLOCK_BYTES = 64 << 20  # of float32 rows that are in memory at once
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Shapes of the fused products, and how their rows and the small tensors are put together."""
+
+    geometry: Geometry
+    config: LawcatConfig
+    scheme: Scheme
+    weights: WeightSource
+    adapter: Mapping[str, np.ndarray]
+
+    def shape(self, product: str) -> tuple[int, int]:
+        """(N, K) of a product."""
+        g = self.geometry
+        return {
+            "qkv": (Widths.of(g, self.config).total, g.hidden_size),
+            "o": (g.hidden_size, g.num_heads * (g.head_dim + 1)),
+            "gate_up": (2 * g.intermediate_size, g.hidden_size),
+            "down": (g.hidden_size, g.intermediate_size),
+            "head": (g.vocab_size, g.hidden_size),
+        }[product]
+
+    @property
+    def shared_table(self) -> bool:
+        tied = self.geometry.tie_embeddings
+        spec, head = self.scheme.embedding, self.scheme.products["head"]
+        return tied and products.shares_table(spec, head, self.geometry.hidden_size)
+
+    @property
+    def embedding_spec(self) -> Product:
+        """The scheme's, but float32 where the width is no multiple of its block."""
+        spec = self.scheme.embedding
+        fits = spec.kind == "fp32" or self.geometry.hidden_size % spec.block == 0
+        return spec if fits else Product("fp32")
+
+    def has_bias(self, product: str) -> bool:
+        return product == "qkv" or (product == "gate_up" and self.geometry.mlp_bias)
+
+    # -- storing ---------------------------------------------------------------------------------------------
+
+    def store_embedding(self, writer: DataWriter) -> None:
+        name, spec = "embedding", self.embedding_spec
+        shape = self.geometry.vocab_size, self.geometry.hidden_size
+        products.store(writer, spec, name, self._blocks("model.embed_tokens.weight"), *shape)
+
+    def store_head(self, writer: DataWriter) -> None:
+        if self.shared_table:
+            return
+        source = "model.embed_tokens.weight" if self.geometry.tie_embeddings else "lm_head.weight"
+        products.store(
+            writer, self.scheme.products["head"], "head", self._blocks(source), *self.shape("head")
+        )
+
+    def store_layer(self, writer: DataWriter, i: int) -> None:
+        g, prefix = self.geometry, f"layers.{i}."
+        rows = {"qkv": self._qkv, "o": self._o, "gate_up": self._gate_up, "down": self._down}
+        for product, make in rows.items():
+            products.store(
+                writer, self.scheme.products[product], prefix + product, make(i), *self.shape(product)
+            )
+        for name, value in self._small(i).items():
+            writer.array(prefix + name, np.ascontiguousarray(value, np.float32))
+        following = f"model.layers.{i + 1}.input_layernorm.weight"
+        writer.array(
+            prefix + "norm_next", self._get(following if i + 1 < g.num_layers else "model.norm.weight")
+        )
+
+    def store_first_norm(self, writer: DataWriter) -> None:
+        writer.array("first_norm", self._get("model.layers.0.input_layernorm.weight"))
+
+    # -- rows of the fused products --------------------------------------------------------------------------
+
+    def _qkv(self, i: int) -> Iterator[np.ndarray]:
+        g, at = self.geometry, f"model.layers.{i}.self_attn."
+        yield from self._blocks(f"{at}q_proj.weight")
+        yield from self._blocks(f"{at}k_proj.weight")
+        zero = np.zeros((1, g.hidden_size), np.float32)
+        for head in range(g.num_kv_heads):  # a zero row after each head: its bias makes the column of ones
+            yield self.weights.rows(f"{at}v_proj.weight", head * g.head_dim, (head + 1) * g.head_dim)
+            yield zero
+        yield np.ascontiguousarray(self._new(i, "gate_a").T)
+        yield zero
+
+    def _o(self, i: int) -> Iterator[np.ndarray]:
+        g = self.geometry
+        for block in self._blocks(f"model.layers.{i}.self_attn.o_proj.weight"):
+            heads = block.reshape(len(block), g.num_heads, g.head_dim)
+            yield np.pad(heads, ((0, 0), (0, 0), (0, 1))).reshape(len(block), -1)
+
+    def _gate_up(self, i: int) -> Iterator[np.ndarray]:
+        yield from self._blocks(f"model.layers.{i}.mlp.gate_proj.weight")
+        yield from self._blocks(f"model.layers.{i}.mlp.up_proj.weight")
+
+    def _down(self, i: int) -> Iterator[np.ndarray]:
+        return self._blocks(f"model.layers.{i}.mlp.down_proj.weight")
+
+    def _blocks(self, name: str) -> Iterator[np.ndarray]:
+        count, width = self.weights.shape(name)
+        step = max(1, _BLOCK_BYTES // (4 * width))
+        for start in range(0, count, step):
+            block = self.weights.rows(name, start, min(start + step, count))
+            self._check(name, block)
+            yield block
+
+    # -- small tensors ---------------------------------------------------------------------------------------
+
+    def _small(self, i: int) -> dict[str, np.ndarray]:
+        g, c = self.geometry, self.config
+        at, mlp = f"model.layers.{i}.self_attn.", f"model.layers.{i}.mlp."
+        W = self._new(i, "feature")  # [H,d,f], the same for q and k
+        # repeat the gate's columns from kv heads to heads; the last row meets the latent that is always one
+        gate = np.concatenate([self._new(i, "gate_b"), self._new(i, "gate_bias")[None]])
+        gate = gate.reshape(-1, g.num_kv_heads, c.key_dim).repeat(g.groups, 1)
+        small = {
+            "conv_taps": np.concatenate([self._new(i, "conv_q"), self._new(i, "conv_k")])[:, None],
+            "feature": np.tile(np.stack([W, -W], 1), (2, 1, 1, 1)),
+            "gate_b": -gate.reshape(c.gate_rank + 1, -1),
+            "norm_attn": self._get(f"model.layers.{i}.post_attention_layernorm.weight"),
+            "qkv.bias": self._qkv_bias(at),
+        }
+        if g.output_bias:
+            small["o_bias"] = self._get(f"{at}o_proj.bias")
+        if g.mlp_bias:
+            small["gate_up.bias"] = np.concatenate(
+                [self._get(f"{mlp}{name}_proj.bias") for name in ("gate", "up")]
+            )
+            small["down_bias"] = self._get(f"{mlp}down_proj.bias")
+        if g.qk_norm:
+            q, k = self._get(f"{at}q_norm.weight"), self._get(f"{at}k_norm.weight")
+            small["qk_gamma"] = np.concatenate(
+                [np.tile(q, (g.num_heads, 1)), np.tile(k, (g.num_kv_heads, 1))]
+            )
+        if c.window:
+            small["window_share"] = (1 / (1 + np.exp(-self._new(i, "omega").astype(np.float64))))[
+                :, None, None
+            ]
+        return small
+
+    def _qkv_bias(self, at: str) -> np.ndarray:
+        g, w = self.geometry, Widths.of(self.geometry, self.config)
+        bias = np.zeros(w.total, np.float32)
+        values = bias[w.q + w.k : w.q + w.k + w.v].reshape(g.num_kv_heads, g.head_dim + 1)
+        if g.attention_bias:
+            bias[: w.q] = self._get(f"{at}q_proj.bias")
+            bias[w.q : w.q + w.k] = self._get(f"{at}k_proj.bias")
+            values[:, :-1] = self._get(f"{at}v_proj.bias").reshape(g.num_kv_heads, g.head_dim)
+        values[:, -1] = bias[-1] = 1
+        return bias
+
+    def _new(self, i: int, name: str) -> np.ndarray:
+        value = self.adapter[f"layers.{i}.{name}"]
+        self._check(f"layers.{i}.{name}", value)
+        return value
+
+    def _get(self, name: str) -> np.ndarray:
+        value = self.weights.get(name)
+        self._check(name, value)
+        return value
+
+    @staticmethod
+    def _check(name: str, value: np.ndarray) -> None:
+        if not np.isfinite(value).all():
+            raise LawcatError(f"{name} holds NaN or infinity; take other weights.")
+
+
+def table_view(writer: DataWriter, name: str) -> None:
+    """Let the embedding see the quantised table [V, blocks, bytes] as [V, blocks * bytes] at the same place."""
+    whole = writer.tensors[name]
+    V, blocks, size = (int(n) for n in whole.shape)
+    view = ir.ExternalTensor(
+        whole.location,
+        whole.offset,
+        whole.length,
+        whole.dtype,
+        shape=ir.Shape([V, blocks * size]),
+        name=f"{name}.table",
+        base_dir=whole.base_dir,
+    )
+    writer.tensors[f"{name}.table"] = view

@@ -1,0 +1,144 @@
+"""Which tensor gets what: a scheme is a small table, built in or read from a JSON file.
+
+    {"name": "mine",
+     "products": {"qkv": {...}, "o": {...}, "gate_up": {...}, "down": {...}, "head": {...}},
+     "embedding": {...},
+     "max_rel_err": 0.2, "max_kl": 0.05}
+
+A product is one of
+
+    {"kind": "fp32"}
+    {"kind": "nbits", "bits": 8, "block": 32, "accuracy": 4}     MatMulNBits: blockwise weights, activations float
+                                                                 (accuracy 0) or int8 by block (accuracy 4)
+    {"kind": "dynamic", "bits": 8}                               MatMulInteger: weights by column, activations by row
+
+The embedding is ``fp32`` or ``nbits``; where it is tied to the head and both are of one kind, they share one table.
+Gates, convolution, feature maps, norms and the state are float32 in every scheme: error in them accumulates.
+The two bounds fail an export whose logits are further from torch's than that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lawcat_edge.runtime.errors import LawcatError
+from lawcat_edge.runtime.files import read_json
+
+PRODUCTS = ("qkv", "o", "gate_up", "down", "head")
+KINDS = ("fp32", "nbits", "dynamic")
+
+
+@dataclass(frozen=True)
+class Product:
+    """How one kind of matrix product is stored and computed."""
+
+    kind: str
+    bits: int = 8
+    block: int = 32
+    accuracy: int = 4
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise LawcatError(
+                f"Unknown product {self.kind!r} in the scheme; choose one of {', '.join(KINDS)}."
+            )
+        allowed: dict[str, tuple[int, ...]] = {
+            "bits": (4, 8) if self.kind == "nbits" else (7, 8),
+            "block": (16, 32, 64, 128, 256),
+            "accuracy": (0, 4),
+        }
+        for name, values in allowed.items():
+            if getattr(self, name) not in values or type(getattr(self, name)) is not int:
+                raise LawcatError(
+                    f"{name} of a product must be one of {list(values)}, not {getattr(self, name)!r}."
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        keys = {
+            "fp32": ("kind",),
+            "dynamic": ("kind", "bits"),
+            "nbits": ("kind", "bits", "block", "accuracy"),
+        }
+        return {key: value for key, value in asdict(self).items() if key in keys[self.kind]}
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A full table; ``max_rel_err`` and ``max_kl`` are the bounds of the verification against torch."""
+
+    name: str
+    products: dict[str, Product]
+    embedding: Product
+    max_rel_err: float
+    max_kl: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "products": {name: product.to_dict() for name, product in self.products.items()},
+            "embedding": self.embedding.to_dict(),
+            "max_rel_err": self.max_rel_err,
+            "max_kl": self.max_kl,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Scheme:
+        """Check every field; LawcatError names the first that is wrong."""
+        keys = {"name", "products", "embedding", "max_rel_err", "max_kl"}
+        if not isinstance(data, dict) or set(data) != keys:
+            raise LawcatError(f"A scheme is a JSON object with the keys {', '.join(sorted(keys))}.")
+        if not isinstance(data["name"], str) or not 0 < len(data["name"]) <= 64:
+            raise LawcatError("The scheme's name must be a text of 1 to 64 characters.")
+        if not isinstance(data["products"], dict) or set(data["products"]) != set(PRODUCTS):
+            raise LawcatError(f"The scheme's products must be exactly {', '.join(PRODUCTS)}.")
+        for key in ("max_rel_err", "max_kl"):
+            if type(data[key]) not in (int, float) or not 0 < data[key] < 1e6:
+                raise LawcatError(f"The scheme's {key} must be a positive number, not {data[key]!r}.")
+        products = {name: _product(data["products"][name]) for name in PRODUCTS}
+        embedding = _product(data["embedding"])
+        if embedding.kind == "dynamic":
+            raise LawcatError("The embedding can be fp32 or nbits; change it in the scheme.")
+        return cls(data["name"], products, embedding, float(data["max_rel_err"]), float(data["max_kl"]))
+
+
+def _product(data: Any) -> Product:
+    if (
+        not isinstance(data, dict)
+        or not set(data) <= {"kind", "bits", "block", "accuracy"}
+        or "kind" not in data
+    ):
+        raise LawcatError(f"A product is an object such as {{'kind': 'fp32'}}, not {data!r}.")
+    return Product(**data)
+
+
+def _table(
+    name: str, body: Product, head: Product, embedding: Product, rel: float, kl: float, **own: Product
+) -> Scheme:
+    products = {kind: own.get(kind, head if kind == "head" else body) for kind in PRODUCTS}
+    return Scheme(name, products, embedding, rel, kl)
+
+
+_FP32 = Product("fp32")
+_INT8 = Product("nbits", 8, 32)
+_DYNAMIC = Product("dynamic")
+
+SCHEMES = {
+    "fp32": _table("fp32", _FP32, _FP32, _FP32, 1e-4, 1e-6),
+    "int8": _table("int8", _INT8, _INT8, _INT8, 0.25, 0.05),
+    "int8-dynamic": _table("int8-dynamic", _DYNAMIC, _INT8, _INT8, 0.5, 0.2, down=_INT8),
+    "int4": _table("int4", Product("nbits", 4, 32), _INT8, _INT8, 1.0, 1.0, qkv=_INT8, o=_INT8),
+}
+
+
+def load_scheme(name: str) -> Scheme:
+    """A built-in scheme by name, or one from a JSON file."""
+    if name in SCHEMES:
+        return SCHEMES[name]
+    path = Path(name)
+    if not path.is_file():
+        raise LawcatError(
+            f"There is no scheme {name!r}; choose one of {', '.join(SCHEMES)} or give a JSON file."
+        )
+    return Scheme.from_dict(read_json(path))

@@ -1,0 +1,107 @@
+"""Trace the step modules once with torch's exporter; what comes out is a template for the stitcher."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+import torch
+
+from lawcat_edge.config import LawcatConfig
+from lawcat_edge.export.step import WINDOW_INPUTS, StepLayer, WindowInputs
+from lawcat_edge.families import Geometry
+
+OPSET = 21
+
+
+@dataclass(frozen=True)
+class Template:
+    """A traced graph. ``layer_tensors`` are the initialisers that differ from layer to layer."""
+
+    graph: ir.Graph
+    layer_tensors: frozenset[str] = frozenset()
+
+
+def trace_layer(geometry: Geometry, config: LawcatConfig) -> Template:
+    """One decoder layer with B and T dynamic; see StepLayer.forward for inputs and outputs."""
+    g, c = geometry, config
+    B, T, P = 2, 3, c.window - 1
+    module = StepLayer(g, c).eval()
+    batch, tokens = torch.export.Dim("B"), torch.export.Dim("T")
+    x, x_dims = torch.zeros(B, T, g.hidden_size), {0: batch, 1: tokens}
+    extra: dict[str, torch.Tensor] = {}
+    dims: dict[str, Any] = {}
+    if c.rope:
+        for name in ("rotary_cos", "rotary_sin"):
+            extra[name], dims[name] = torch.zeros(T, g.head_dim), {0: tokens}
+    if c.window:
+        for name in ("key_cos", "key_sin", "query_cos", "query_sin"):
+            length = T if name.startswith("query") else P + T
+            extra[name] = torch.zeros(length, g.head_dim)
+            dims[name] = {0: tokens if length == T else tokens + P}
+        extra["window_mask"], dims["window_mask"] = (
+            torch.zeros(T, P + T),
+            {0: tokens, 1: tokens + P if P else tokens},
+        )
+        for name in ("window_key", "window_value") if P else ():
+            extra[name], dims[name] = torch.zeros(B, g.num_kv_heads, P, g.head_dim), {0: batch}
+    kwargs = {
+        "x": x,
+        "h": x.clone(),
+        "conv_state": torch.zeros(B, 2 * g.query_width, c.conv_kernel - 1),
+        "recurrent_state": torch.zeros(B, g.num_heads, c.key_dim, g.head_dim + 1),
+        "extra": extra,
+    }
+    shapes = {
+        "x": x_dims,
+        "h": x_dims,
+        "conv_state": {0: batch},
+        "recurrent_state": {0: batch},
+        "extra": dims,
+    }
+    graph = _export(module, kwargs, shapes)
+    return Template(graph, frozenset(name for name, _ in module.named_parameters()))
+
+
+def trace_window(geometry: Geometry, config: LawcatConfig) -> Template:
+    """The tables and the mask that all layers share when there is a window."""
+    module = WindowInputs(geometry, config).eval()
+    kwargs = {
+        "input_ids": torch.zeros(2, 3, dtype=torch.int64),
+        "window_fill": torch.zeros(1, dtype=torch.int64),
+    }
+    shapes = {"input_ids": {0: torch.export.Dim("B"), 1: torch.export.Dim("T")}, "window_fill": {}}
+    graph = _export(module, kwargs, shapes)
+    assert len(graph.outputs) == len(WINDOW_INPUTS)
+    return Template(graph)
+
+
+def _export(module: torch.nn.Module, kwargs: dict[str, Any], shapes: dict[str, Any]) -> ir.Graph:
+    with _quiet():
+        program = torch.onnx.export(
+            module, (), kwargs=kwargs, dynamic_shapes=shapes, dynamo=True, opset_version=OPSET, verbose=False
+        )
+    assert program is not None
+    graph = program.model.graph
+    # torch has been seen to emit an invalid graph for an opset it does not know, without an error
+    assert graph.opset_imports.get("") == OPSET, graph.opset_imports
+    return graph
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Torch reports missing torchvision and renamed axes; none of it concerns the user."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,115 @@
+"""Replay a finished bundle in onnxruntime against torch, and note what the device can replay later."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lawcat_edge.runtime.bundle import Bundle, Parity
+from lawcat_edge.runtime.engine import Engine
+from lawcat_edge.runtime.errors import CheckFailed
+
+Reference = Callable[[np.ndarray], np.ndarray]
+PIECES = (1, 7, 1, 64, 3, 20, 1, 31)
+_TOP = 8
+_POSITIONS = 16
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Bundle against reference. rel_err: max |difference| over the position's largest |logit|, the worst position.
+
+    kl: mean over positions of KL(reference || bundle), nats; top1: share of positions with the same best token.
+    """
+
+    rel_err: float
+    kl: float
+    top1: float
+
+
+def cut(length: int, pieces: Sequence[int] = PIECES) -> list[int]:
+    """Uneven pieces, in turn, that add up to length."""
+    result: list[int] = []
+    while (left := length - sum(result)) > 0:
+        result.append(min(left, pieces[len(result) % len(pieces)]))
+    return result
+
+
+def replay(engine: Engine, tokens: np.ndarray, pieces: Sequence[int]) -> np.ndarray:
+    """Logits [T,V] of tokens [T] fed in pieces."""
+    state, out, at = engine.new_state(), [], 0
+    for piece in pieces:
+        out.append(engine.forward(tokens[None, at : at + piece], state, all_positions=True)[0].copy())
+        at += piece
+    return np.concatenate(out)
+
+
+def compare(reference: np.ndarray, got: np.ndarray) -> Agreement:
+    """Both [T,V]."""
+    scale = np.abs(reference).max(-1)
+    rel_err = float((np.abs(reference - got).max(-1) / scale).max())
+    p, q = _log_softmax(reference), _log_softmax(got)
+    kl = float((np.exp(p) * (p - q)).sum(-1).mean())
+    top1 = float((reference.argmax(-1) == got.argmax(-1)).mean())
+    return Agreement(rel_err, max(kl, 0.0), top1)
+
+
+def verify_folder(
+    folder: Path,
+    tokens: Sequence[int],
+    reference: Reference | None,
+    max_rel_err: float,
+    max_kl: float,
+    flavour: str | None = None,
+) -> tuple[Parity, Agreement | None]:
+    """Run the bundle in ``folder`` over the tokens; CheckFailed when it is too far from the reference.
+
+    The vectors in the returned Parity are the bundle's own logits, so that a device can be held to a tight bound
+    whatever the scheme costs; ``max_rel_err`` and ``kl`` in it are those against the reference.
+    """
+    ids = np.asarray(tokens, np.int64)
+    pieces = cut(len(ids))
+    engine = Engine(Bundle.open(folder, check_hashes=False), flavour=flavour)
+    got = replay(engine, ids, pieces)
+    if not np.isfinite(got).all():
+        raise CheckFailed(
+            "The exported model gives NaN or infinity; check the teacher's weights and the adapter."
+        )
+    # the graph for the last position must be the same function as the one for all
+    state, at = engine.new_state(), 0
+    for piece in pieces:
+        at += piece
+        last = engine.forward(ids[None, at - piece : at], state)
+        if np.abs(last[0] - got[at - 1]).max() > 1e-4 * np.abs(got[at - 1]).max():
+            raise CheckFailed("model.onnx and model_all.onnx disagree; this is a bug, please report it.")
+    agreement = None
+    if reference is not None:
+        agreement = compare(reference(ids), got)
+        if agreement.rel_err > max_rel_err or agreement.kl > max_kl:
+            raise CheckFailed(
+                f"The exported model is too far from torch: relative error {agreement.rel_err:.2e} (bound "
+                f"{max_rel_err:g}), KL {agreement.kl:.2e} (bound {max_kl:g}); take a finer scheme, or --no-verify."
+            )
+    positions = sorted({int(p) for p in np.linspace(0, len(ids) - 1, _POSITIONS)})
+    top = np.argsort(-got[positions], axis=1)[:, :_TOP]
+    parity = Parity(
+        tokens=[int(t) for t in ids],
+        pieces=pieces,
+        positions=positions,
+        top_ids=top.tolist(),
+        top_logits=np.take_along_axis(got[positions], top, 1).astype(float).tolist(),
+        max_rel_err=agreement.rel_err if agreement else 0.0,
+        kl=agreement.kl if agreement else 0.0,
+        # processors differ in how they round int8 activations, hardly in float32
+        bound=1e-3 if max_rel_err <= 1e-3 else 0.1,
+    )
+    return parity, agreement
+
+
+def _log_softmax(x: np.ndarray) -> np.ndarray:
+    x = x.astype(np.float64)
+    x -= x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
