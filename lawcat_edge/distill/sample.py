@@ -7,13 +7,76 @@ instruction-tuned model write its own instructions is the idea of Magpie, arXiv 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
+import numpy as np
+import tokenizers
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lawcat_edge.attention import rotate
+from lawcat_edge.distill.corpus import separator_ids
 from lawcat_edge.model import LawcatModel
+from lawcat_edge.runtime.files import atomic_file
+
+OPENINGS = (
+    "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n<|im_start|>user\n",
+    "<|im_start|>user\n",
+)
+LENGTH = 1024  # tokens of one sampled sequence
+
+
+def ensure_samples(
+    model: LawcatModel,
+    tokenizer: tokenizers.Tokenizer,
+    path: Path,
+    tokens: int,
+    seed: int,
+    report: Callable[[dict[str, Any]], None] = lambda record: None,
+    batch: int = 32,
+) -> None:
+    """Sample ``tokens`` tokens in sequences of ``LENGTH`` into ``path`` ([n, LENGTH] int32 .npy), unless they are there.
+
+    Half of the sequences open a chat where the tokenizer knows ChatML; the rest start from nothing but the
+    separator, which gives text as the teacher saw it in training.
+    """
+    count = max(1, -(-tokens // LENGTH))
+    if path.is_file() and len(np.load(path, mmap_mode="r", allow_pickle=False)) >= count:
+        return
+    separator = separator_ids(tokenizer)
+    chat = tokenizer.token_to_id("<|im_start|>") is not None
+    openings = [tokenizer.encode(o, add_special_tokens=False).ids for o in OPENINGS] if chat else []
+    rows: list[Tensor] = []
+    made = 0
+    while made < count:
+        size = min(batch, count - made)
+        choice = len(rows) % 4
+        opening = openings[choice % 2] if openings and choice != 3 else separator
+        done = 0
+
+        def tick(n: int, made: int = made, size: int = size) -> None:
+            nonlocal done
+            done += n
+            if done % (n * 64) == 0:
+                report({"stage": "sample", "step": made + done * size // (size * LENGTH), "steps": count})
+
+        rows.append(sample_teacher(model, [opening] * size, LENGTH, seed=seed + len(rows), progress=tick))
+        made += size
+    with atomic_file(path) as file:
+        np.save(file, torch.cat(rows).numpy().astype(np.int32), allow_pickle=False)
+
+
+def teacher_text(path: Path) -> Callable[[np.random.Generator, int], np.ndarray]:
+    """Draw sampled sequences, as many as asked for: (rng, tokens) -> token ids."""
+    pool = np.load(path, mmap_mode="r", allow_pickle=False)
+
+    def draw(rng: np.random.Generator, wanted: int) -> np.ndarray:
+        picks = rng.integers(len(pool), size=-(-wanted // pool.shape[1]))
+        return np.concatenate([pool[k] for k in picks])
+
+    return draw
 
 
 @torch.inference_mode()

@@ -19,6 +19,7 @@ class DistillSettings:
 
     kl_weight, ce_weight: parts of the fine-tuning loss: KL(teacher || student), and next-token cross-entropy.
     answer_weight: weight of answer tokens in the cross-entropy of generated tasks (other tokens count 1).
+    teacher_tokens: how much text to sample from the teacher when task_mix names ``teacher``.
     lr_new: rate of conv, feature map, gate and omega while fine-tuning (0 freezes them).
     """
 
@@ -40,6 +41,7 @@ class DistillSettings:
     ce_weight: float = 0.0
     answer_weight: float = 1.0
     task_mix: str = "text:1.0"
+    teacher_tokens: int = 100_000
     feature_dim: int = 0
     conv_kernel: int = 4
     window: int = 0
@@ -58,7 +60,7 @@ class DistillSettings:
         for name in ("seq_len", "finetune_seq_len", "batch_size", "grad_accumulation", "lora_rank", "checkpoint_every"):
             if type(getattr(self, name)) is not int or getattr(self, name) < 1:
                 raise LawcatError(f"{name} must be a whole number of at least 1, not {getattr(self, name)!r}.")
-        for name in ("transfer_tokens", "finetune_tokens"):
+        for name in ("transfer_tokens", "finetune_tokens", "teacher_tokens"):
             if type(getattr(self, name)) is not int or getattr(self, name) < 0:
                 raise LawcatError(f"{name} must be a whole number of at least 0, not {getattr(self, name)!r}.")
         for name in ("lr_transfer", "lr_lora", "lr_new", "kl_weight", "ce_weight", "clip"):

@@ -1,0 +1,208 @@
+"""Distillation from a teacher to an adapter: both stages, resumable, on any number of processes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence as Rows
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+
+from lawcat_edge.adapter import Adapter
+from lawcat_edge.config import LawcatConfig
+from lawcat_edge.distill.checkpoint import read_progress
+from lawcat_edge.distill.data import Sequence, parse_mix, sequences
+from lawcat_edge.distill.sample import ensure_samples, teacher_text
+from lawcat_edge.distill.settings import DistillSettings
+from lawcat_edge.distill.steps import FinetuneStep, TransferStep
+from lawcat_edge.distill.train import StageRun, TrainLog
+from lawcat_edge.model import LawcatModel, load_student
+from lawcat_edge.ops.backend import choose
+from lawcat_edge.runtime.errors import LawcatError
+from lawcat_edge.runtime.files import FileLock
+from lawcat_edge.teacher import Teacher
+
+Report = Callable[[dict[str, Any]], None]
+
+
+def distill(
+    teacher: Teacher,
+    data: Rows[str | Path],
+    out: Path,
+    settings: DistillSettings,
+    *,
+    start_from: Adapter | None = None,
+    resume: bool = False,
+    report: Report = lambda record: None,
+    half: bool = False,
+) -> Adapter:
+    """Run the stages that ``settings`` name and write the adapter to ``out``.
+
+    data: files, globs or hub data sets. start_from: an adapter to go on from (needed for stage ``finetune`` alone).
+    While running, log and checkpoint live in ``OUT.run`` beside the target; ``resume`` goes on from there.
+    report: called with every log record. Raises LawcatError for what the user can mend, Diverged for a bad loss.
+    """
+    from accelerate import Accelerator
+
+    if settings.stage == "finetune" and start_from is None:
+        raise LawcatError("Stage finetune alone needs an adapter to start from; give --start-from, or --stage both.")
+    accelerator = Accelerator(
+        mixed_precision="bf16" if _bf16(settings) else "no", cpu=not torch.cuda.is_available()
+    )
+    folder = out.with_name(out.name + ".run")
+    with FileLock(folder) if accelerator.is_main_process else contextlib.nullcontext():
+        return _run(teacher, data, out, settings, start_from, resume, report, half, accelerator, folder)
+
+
+def _run(
+    teacher: Teacher,
+    data: Rows[str | Path],
+    out: Path,
+    settings: DistillSettings,
+    start_from: Adapter | None,
+    resume: bool,
+    report: Report,
+    half: bool,
+    accelerator: Any,
+    folder: Path,
+) -> Adapter:
+    if start_from is not None:
+        config = start_from.config
+    else:
+        feature = settings.feature_dim or teacher.geometry.head_dim // 2
+        config = LawcatConfig(settings.conv_kernel, feature, window=settings.window, rope=settings.rope)
+    model = load_student(teacher, start_from, config, settings.backend, settings.seed).to(accelerator.device)
+    tokenizer = tokenizers.Tokenizer.from_file(str(teacher.tokenizer_path))
+    facts = {
+        "settings": {k: v for k, v in settings.to_dict().items() if k not in _FREE},
+        "teacher_sha256": teacher.sha256,
+        "start_from": start_from.sha256 if start_from else None,
+    }
+    checkpoint = folder / "checkpoint"
+    if resume and not (checkpoint / "state.json").is_file():
+        raise LawcatError(f"There is no checkpoint to resume in {folder}; leave --resume away to start.")
+    done = read_progress(checkpoint, facts) if resume else None
+    if done is None and accelerator.is_main_process:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    log = None
+    if accelerator.is_main_process:
+        order = ("transfer", "finetune")
+        log = TrainLog(
+            folder / "train_log.jsonl",
+            lambda r: done is not None and (order.index(r["stage"]), r["step"]) <= (order.index(done.stage), done.step),
+        )
+    backend = choose(settings.backend, next(model.parameters()))
+    own_text = None
+    if "teacher" in parse_mix(settings.task_mix):
+        samples = folder / "teacher_samples.npy"
+        if accelerator.is_main_process:
+            ensure_samples(model, tokenizer, samples, settings.teacher_tokens, settings.seed, report)
+        accelerator.wait_for_everyone()
+        own_text = teacher_text(samples)
+
+    def record(values: dict[str, Any]) -> None:
+        if log is not None:
+            log.write(values)
+            report(values)
+
+    summary: dict[str, Any] = {}
+    stages = ("transfer", "finetune") if settings.stage == "both" else (settings.stage,)
+    for stage in stages:
+        groups = _prepare(model, stage, settings)
+        if done is not None and stage != done.stage and stages.index(stage) < stages.index(done.stage):
+            continue  # finished before the checkpoint, whose tensors hold its result
+        module = TransferStep(model) if stage == "transfer" else FinetuneStep(model, settings.kl_weight, settings.ce_weight)
+        stage_run = StageRun(
+            stage, module, groups, model.adapter_parameters(), settings, accelerator, folder, facts
+        )
+        if done is not None:
+            if stage == done.stage:
+                stage_run.resume()
+            done = None
+
+        def rows(start: int, length: int = stage_run.seq_len, batch: int = stage_run.global_batch) -> Iterator[Sequence]:
+            return sequences(
+                data,
+                tokenizer,
+                length,
+                settings.seed,
+                accelerator.process_index,
+                accelerator.num_processes,
+                settings.task_mix,
+                start=start,
+                answer_weight=settings.answer_weight,
+                teacher=own_text,
+            )
+
+        if stage_run.progress.step < stage_run.steps:
+            stage_run.run(rows, record)
+        p = stage_run.progress
+        summary[stage] = {"tokens": p.tokens, "seconds": round(p.seconds, 1), "loss": round(p.smoothed, 6)}
+        accelerator.free_memory()
+
+    if log is not None:
+        log.close()
+    tensors = {name: p.detach().float().cpu().numpy() for name, p in model.adapter_parameters().items()}
+    adapter = Adapter(
+        config,
+        teacher.geometry,
+        teacher.name,
+        teacher.sha256,
+        tensors,
+        model.lora,
+        {"settings": settings.to_dict(), "stages": summary, "backend": backend, "device": str(accelerator.device)},
+    )
+    if accelerator.is_main_process:
+        extra = {"train_log.jsonl": (folder / "train_log.jsonl").read_bytes()}
+        extra |= _pictures(folder / "train_log.jsonl")
+        adapter.save(out, half=half, extra=extra)
+    accelerator.wait_for_everyone()
+    return Adapter.load(out)
+
+
+# Settings that change the speed of a run and not its result, so a resumed run may differ in them.
+_FREE = ("batch_size", "grad_accumulation", "checkpoint_every", "checkpoint_seconds")
+
+
+def _prepare(
+    model: LawcatModel, stage: str, settings: DistillSettings
+) -> list[tuple[dict[str, torch.nn.Parameter], float]]:
+    """Switch on the parameters a stage trains; groups of (named parameters, learning rate)."""
+    new = model.new_parameters()
+    if stage == "transfer":
+        for parameter in new.values():
+            parameter.requires_grad_(True)
+        return [(new, settings.lr_transfer)]
+    if model.lora is None:
+        with torch.random.fork_rng():
+            torch.manual_seed(settings.seed)
+            model.add_lora(settings.lora_rank, settings.lora_alpha)
+    groups = [(model.lora_parameters(), settings.lr_lora)]
+    for parameter in new.values():
+        parameter.requires_grad_(settings.lr_new > 0)
+    if settings.lr_new:
+        groups.append((new, settings.lr_new))
+    for parameter in model.lora_parameters().values():
+        parameter.requires_grad_(True)
+    return groups
+
+
+def _pictures(log: Path) -> dict[str, bytes]:
+    try:
+        from lawcat_edge.distill.plots import plot_run
+    except ImportError:  # matplotlib is not installed: the log holds the same figures
+        return {}
+    records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    return {"train_log.png": plot_run(records)} if records else {}
+
+
+def _bf16(settings: DistillSettings) -> bool:
+    if settings.precision == "auto":
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return settings.precision == "bf16"

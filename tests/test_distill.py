@@ -1,0 +1,187 @@
+"""Distillation on a small random teacher: it learns, it resumes to the bit, and it stops on a bad loss."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from tiny_teacher import make_teacher, write_corpus
+
+from lawcat_edge.adapter import Adapter
+from lawcat_edge.distill import train
+from lawcat_edge.distill.run import distill
+from lawcat_edge.distill.settings import DistillSettings, load_recipe, recipe_names
+from lawcat_edge.distill.steps import FinetuneStep, TransferStep, head_losses
+from lawcat_edge.model import load_student
+from lawcat_edge.runtime.errors import LawcatError
+from lawcat_edge.teacher import resolve
+
+SMALL = DistillSettings(
+    transfer_tokens=64 * 8, finetune_tokens=64 * 8, seq_len=64, finetune_seq_len=64, window=4, checkpoint_every=3
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    base = tmp_path_factory.mktemp("distill")
+    make_teacher(base / "teacher")
+    write_corpus(base / "text.txt")
+    return base
+
+
+def run(folder, name, settings, **options):
+    return distill(resolve(folder / "teacher"), [folder / "text.txt"], folder / name, settings, **options)
+
+
+def test_both_stages_learn_and_write_a_whole_adapter(folder):
+    records = []
+    changes = {"transfer_tokens": 64 * 100, "finetune_tokens": 64 * 60, "window": 0, "lr_new": 3e-3}
+    settings = SMALL.with_changes(changes)
+    adapter = run(folder, "learn", settings, report=records.append)
+    for stage in ("transfer", "finetune"):
+        losses = [r["loss"] for r in records if r["stage"] == stage]
+        assert np.mean(losses[-8:]) < 0.8 * np.mean(losses[:4]), stage
+    loaded = Adapter.load(folder / "learn")
+    assert loaded.sha256 == adapter.sha256
+    assert loaded.lora == {"rank": 8, "alpha": 16.0}
+    assert loaded.training["stages"]["transfer"]["tokens"] == 64 * 100
+    log = [json.loads(line) for line in (folder / "learn" / "train_log.jsonl").read_text().splitlines()]
+    assert [r["loss"] for r in log] == [r["loss"] for r in records]
+    assert (folder / "learn" / "train_log.png").read_bytes().startswith(b"\x89PNG")
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("stop", [("transfer", 5), ("transfer", 8), ("finetune", 4)])
+def test_resume_gives_the_same_bits(folder, stop):
+    whole = run(folder, "whole", SMALL)
+
+    def kill(record):
+        if (record["stage"], record["step"]) == stop:
+            raise Killed
+
+    shutil.rmtree(folder / "cut.run", ignore_errors=True)
+    shutil.rmtree(folder / "cut", ignore_errors=True)
+    with pytest.raises(Killed):
+        run(folder, "cut", SMALL, report=kill)
+    assert not (folder / "cut").exists()
+    resumed = run(folder, "cut", SMALL, resume=True)
+    for name, value in whole.tensors.items():
+        assert np.array_equal(value, resumed.tensors[name]), name
+    lines = (folder / "cut" / "train_log.jsonl").read_text().splitlines()
+    assert [(json.loads(line)["stage"], json.loads(line)["step"]) for line in lines] == [
+        (stage, step) for stage in ("transfer", "finetune") for step in range(1, 9)
+    ]
+
+
+def test_resume_refuses_other_settings(folder):
+    run(folder, "other", SMALL)
+    with pytest.raises(LawcatError, match="lr_lora"):
+        run(folder, "other", SMALL.with_changes({"lr_lora": 0.5}), resume=True)
+    with pytest.raises(LawcatError, match="no checkpoint"):
+        run(folder, "never", SMALL, resume=True)
+
+
+def test_a_nan_stops_with_the_layer_and_keeps_the_checkpoint(folder, monkeypatch):
+    real = TransferStep.forward
+
+    def poisoned(self, ids, weight=None):
+        poisoned.calls += 1
+        if poisoned.calls == 5:
+            with torch.no_grad():
+                self.model.layers[1].self_attn.conv_k.fill_(float("nan"))
+        return real(self, ids, weight)
+
+    poisoned.calls = 0
+    monkeypatch.setattr(TransferStep, "forward", poisoned)
+    with pytest.raises(train.Diverged, match="layer 1") as caught:
+        run(folder, "nan", SMALL)
+    assert caught.value.exit_code == 1
+    state = json.loads((folder / "nan.run" / "checkpoint" / "state.json").read_text())
+    assert state["progress"]["step"] == 3
+    assert not (folder / "nan").exists()
+
+
+def test_an_exploding_loss_stops(folder, monkeypatch):
+    monkeypatch.setattr(train, "EXPLODED", 1.5)
+    monkeypatch.setattr(train, "SMOOTHING", 0.5)
+    with pytest.raises(train.Diverged, match="finetune"):
+        run(folder, "boom", SMALL.with_changes({"lr_lora": 900.0, "lr_new": 50.0, "finetune_tokens": 64 * 60, "clip": 0}))
+
+
+def test_transfer_gradients_stay_in_their_layer(folder):
+    model = load_student(resolve(folder / "teacher"))
+    for parameter in model.new_parameters().values():
+        parameter.requires_grad_(True)
+    ids = torch.randint(0, 257, (2, 33))
+    losses = model.transfer_losses(ids)
+    losses[0].backward()
+    for name, parameter in model.new_parameters().items():
+        moved = parameter.grad is not None and bool((parameter.grad != 0).any())
+        assert moved == name.startswith("layers.0."), name
+
+
+def test_losses_match_a_direct_computation(folder):
+    model = load_student(resolve(folder / "teacher"))
+    ids = torch.randint(0, 257, (2, 40), generator=torch.Generator().manual_seed(3))
+    weight = torch.rand(2, 40)
+    with torch.no_grad():
+        loss, parts = FinetuneStep(model, 0.7, 0.3)(ids, weight)
+        taught = model.teacher_logits(ids)[:, :-1].double().log_softmax(-1)
+        student = model(ids)[0][:, :-1].double().log_softmax(-1)
+    kl = (taught.exp() * (taught - student)).sum(-1).mean()
+    ce = -student.gather(-1, ids[:, 1:, None])[..., 0]
+    ce = (ce * weight[:, 1:]).sum() / weight[:, 1:].sum()
+    assert float(parts["kl"]) == pytest.approx(float(kl), rel=1e-4)
+    assert float(parts["ce"]) == pytest.approx(float(ce), rel=1e-4)
+    assert float(loss) == pytest.approx(float(0.7 * kl + 0.3 * ce), rel=1e-4)
+
+
+def test_head_losses_do_not_depend_on_the_slice(folder, monkeypatch):
+    model = load_student(resolve(folder / "teacher"))
+    hidden, taught = torch.randn(2, 30, 48, requires_grad=True), torch.randn(2, 30, 48)
+    target = torch.randint(0, 257, (2, 30))
+    results = []
+    for size in (7, 4096):
+        monkeypatch.setattr("lawcat_edge.distill.steps.LOSS_ROWS", size)
+        kl, ce = head_losses(model.lm_head, hidden, taught, target)
+        (gradient,) = torch.autograd.grad((kl + ce).sum(), hidden)
+        results.append((kl.detach(), ce.detach(), gradient))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_every_recipe_loads():
+    assert recipe_names() == ["general", "general-window", "passkey"]
+    for name in recipe_names():
+        load_recipe(name)
+    with pytest.raises(LawcatError, match="general-window"):
+        load_recipe("nonsense")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"window": 100}, "larger than a training sequence"),
+        ({"stage": "third"}, "stage"),
+        ({"kl_weight": 0.0, "ce_weight": 0.0}, "needs a loss"),
+        ({"colour": 3}, "Unknown setting"),
+        ({"lora_rank": 0}, "lora_rank"),
+    ],
+)
+def test_bad_settings_are_refused_in_one_sentence(changes, message):
+    with pytest.raises(LawcatError, match=message):
+        SMALL.with_changes(changes)
+
+
+def test_teacher_text_is_sampled_once_and_used(folder):
+    settings = SMALL.with_changes({"task_mix": "text:0.5,teacher:0.5", "teacher_tokens": 1000, "stage": "transfer"})
+    run(folder, "own", settings)
+    samples = np.load(folder / "own.run" / "teacher_samples.npy", allow_pickle=False)
+    assert samples.shape == (1, 1024)
+    assert len(set(samples[0].tolist())) > 20
