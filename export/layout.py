@@ -35,7 +35,7 @@ class Layout:
         g = self.geometry
         return {
             "qkv": (Widths.of(g, self.config).total, g.hidden_size),
-            "o": (g.hidden_size, g.num_heads * (g.head_dim + 1)),
+            "o": (g.hidden_size, g.query_width),
             "gate_up": (2 * g.intermediate_size, g.hidden_size),
             "down": (g.hidden_size, g.intermediate_size),
             "head": (g.vocab_size, g.hidden_size),
@@ -103,10 +103,7 @@ class Layout:
         yield zero
 
     def _o(self, i: int) -> Iterator[np.ndarray]:
-        g = self.geometry
-        for block in self._blocks(f"model.layers.{i}.self_attn.o_proj.weight"):
-            heads = block.reshape(len(block), g.num_heads, g.head_dim)
-            yield np.pad(heads, ((0, 0), (0, 0), (0, 1))).reshape(len(block), -1)
+        return self._blocks(f"model.layers.{i}.self_attn.o_proj.weight")
 
     def _gate_up(self, i: int) -> Iterator[np.ndarray]:
         yield from self._blocks(f"model.layers.{i}.mlp.gate_proj.weight")
@@ -129,13 +126,11 @@ class Layout:
         g, c = self.geometry, self.config
         at, mlp = f"model.layers.{i}.self_attn.", f"model.layers.{i}.mlp."
         W = self._new(i, "feature")  # [H,d,f], the same for q and k
-        # repeat the gate's columns from kv heads to heads; the last row meets the latent that is always one
-        gate = np.concatenate([self._new(i, "gate_b"), self._new(i, "gate_bias")[None]])
-        gate = gate.reshape(-1, g.num_kv_heads, c.key_dim).repeat(g.groups, 1)
         small = {
             "conv_taps": np.concatenate([self._new(i, "conv_q"), self._new(i, "conv_k")])[:, None],
-            "feature": np.tile(np.stack([W, -W], 1), (2, 1, 1, 1)),
-            "gate_b": -gate.reshape(c.gate_rank + 1, -1),
+            "feature": np.stack([W, -W], 1).swapaxes(2, 3),
+            # the last row meets the latent that is always one
+            "gate_b": -np.concatenate([self._new(i, "gate_b"), self._new(i, "gate_bias")[None]]),
             "norm_attn": self._get(f"model.layers.{i}.post_attention_layernorm.weight"),
             "qkv.bias": self._qkv_bias(at),
         }

@@ -9,14 +9,13 @@ Letters as in ``lawcat_edge.attention``. To keep the graph lean:
 - q, k, v and the gate's latent come from one product. Its bias makes two constant columns: the 1 that extends each
   value, and a 1 beside the latent that carries the gate's bias through the second product.
 - q and k run as one tensor of 2H heads, channels first, through one convolution; the feature map is one batched
-  product with [W, -W], whose result is already laid out for one softmax.
+  product with [W, -W], and one softmax.
 - The gate's sign is folded into B: g = -softplus(-u) / divisor.
-- The output keeps the normaliser's column: [n, z] / (z + eps) is one division, and the output projection has a zero
-  column there.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,8 +74,8 @@ class StepLayer(nn.Module):
         self.filled = 0
         # Replaced in every layer
         self.conv_taps = weight(2 * H * d, 1, c.conv_kernel)
-        self.feature = weight(2 * H, 2, d, f)
-        self.gate_b = weight(c.gate_rank + 1, H * F)
+        self.feature = weight(H, 2, f, d)
+        self.gate_b = weight(c.gate_rank + 1, G * F)
         self.norm_attn = weight(g.hidden_size)
         self.norm_next = weight(g.hidden_size)
         if g.output_bias:
@@ -93,11 +92,9 @@ class StepLayer(nn.Module):
         self.register_buffer("unit_gamma", torch.ones(d))
         self.register_buffer("eps", torch.tensor(c.eps))
         self.register_buffer("gate_scale", torch.tensor(-1.0 / c.gate_divisor))
-        self.register_buffer("qk_repeat", _columns(torch.cat([torch.arange(H), H + repeat]), d))
         self.register_buffer("head_repeat", repeat)
-        self.register_buffer("v_repeat", _columns(repeat, d + 1))
-        self.register_buffer("z_columns", torch.arange(H).repeat_interleave(d + 1) * (d + 1) + d)
-        self.register_buffer("to_heads", torch.tensor([0, 2 * H, 1, d, -1]))
+        self.register_buffer("to_heads", torch.tensor([0, 2, H, 1, d, -1]))
+        self.register_buffer("to_value_heads", torch.tensor([0, 0, H, d + 1]))
         self.register_buffer("to_columns", torch.tensor([0, 0, -1]))
         self.register_buffer("to_group_heads", torch.tensor([0, 0, -1, d]))
         self.register_buffer("to_values", torch.tensor([0, 0, G, d + 1]))
@@ -117,40 +114,33 @@ class StepLayer(nn.Module):
         w = self.widths
 
         projected = self.product("qkv", h, w.total)
-        qk, v, latent = torch.split(projected, [w.q + w.k, w.v, w.latent], 2)
-        if g.qk_norm:
-            heads = self.reshape(qk, self.to_group_heads, [B, T, H + G, d])
-            heads = _op(
-                "SimplifiedLayerNormalization",
-                [heads, self.unit_gamma],
-                [B, T, H + G, d],
-                axis=-1,
-                epsilon=g.rms_norm_eps,
-            )
-            qk = self.reshape(heads * self.qk_gamma, self.to_columns, [B, T, w.q + w.k])
-        linear_qk = qk
-        if c.rope:
-            heads = self.reshape(qk, self.to_group_heads, [B, T, H + G, d])
-            rotated = rotate(heads, extra["rotary_cos"][:, None], extra["rotary_sin"][:, None])
-            linear_qk = self.reshape(rotated, self.to_columns, [B, T, w.q + w.k])
+        plain = not (g.qk_norm or c.rope or c.window)
+        q_k, v_heads = [w.q, *[d] * G] if plain else [w.q + w.k], [d + 1] * G
+        pieces = torch.split(projected, [*q_k, *v_heads, w.latent], 2)
+        latent, v_heads = pieces[-1], pieces[len(q_k) : -1]
+        if plain:
+            q_k = pieces[: G + 1]
+        else:
+            qk = self.normed(pieces[0]) if g.qk_norm else pieces[0]
+            linear_qk = self.rotated(qk, extra) if c.rope else qk
+            q_k = torch.split(linear_qk, [w.q, *[d] * G], 2)
+        channels = torch.cat([q_k[0], *self.repeated(q_k[1:])], 2)
 
         # Convolution and feature map: [B, channels, T] -> phi [B,T,2,H,F]
-        channels = linear_qk.transpose(1, 2)
-        if G != H:
-            channels = channels.index_select(1, self.qk_repeat)
         conv, conv_present = _ops(
             "com.microsoft::CausalConvWithState",
-            [channels, self.conv_taps, None, conv_state],
+            [channels.transpose(1, 2), self.conv_taps, None, conv_state],
             [[B, 2 * H * d, T], [B, 2 * H * d, c.conv_kernel - 1]],
             ndim=1,
         )
-        heads = self.reshape(conv, self.to_heads, [B, 2 * H, 1, d, T])
-        logits = _op("com.microsoft::FusedMatMul", [heads, self.feature], [B, 2 * H, 2, T, f], transA=1)
-        phi = logits.softmax(-1).permute(0, 3, 1, 2, 4)
+        heads = self.reshape(conv, self.to_heads, [B, 2, H, 1, d, T])
+        phi = (self.feature @ heads).permute(0, 5, 1, 2, 3, 4).softmax(-1)
         phi_q, phi_k = torch.split(self.reshape(phi, self.to_columns, [B, T, 2 * H * F]), H * F, 2)
 
-        decay = _op("Softplus", [latent @ self.gate_b], [B, T, H * F]) * self.gate_scale
-        values = v if G == H else v.index_select(2, self.v_repeat)
+        decay = _op("Softplus", [latent @ self.gate_b], [B, T, G * F]) * self.gate_scale
+        if G != H:
+            decay = torch.cat(self.repeated(torch.split(decay, F, 2)), 2)
+        values = torch.cat(self.repeated(v_heads), 2)
         out, recurrent_present = _ops(
             "com.microsoft::LinearAttention",
             [phi_q, phi_k, values, recurrent_state, decay],
@@ -160,24 +150,45 @@ class StepLayer(nn.Module):
             kv_num_heads=H,
             scale=1.0,
         )
+        out = self.reshape(out, self.to_value_heads, [B, T, H, d + 1])
         states = [conv_present, recurrent_present]
         if c.window:
-            near, keys, values_seen = self.window(qk, v, extra)
+            near, *seen = self.window(qk, v_heads, extra)
             out = out + near
             if c.window > 1:
-                states += [keys, values_seen]
-        y = out / (out.index_select(2, self.z_columns) + self.eps)
+                states += seen
+        n, z = torch.split(out, [d, 1], 3)
+        y = self.reshape(n / (z + self.eps), self.to_columns, [B, T, H * d])
 
         x, h = self.residual_norm(x, self.product("o", y, D), self.norm_attn, getattr(self, "o_bias", None))
         gate, up = torch.split(self.product("gate_up", h, 2 * g.intermediate_size), g.intermediate_size, 2)
         act = _op("com.microsoft::QuickGelu", [gate], [B, T, g.intermediate_size], alpha=1.0) * up
-        x, h = self.residual_norm(
-            x, self.product("down", act, D), self.norm_next, getattr(self, "down_bias", None)
-        )
+        down_bias = getattr(self, "down_bias", None)
+        x, h = self.residual_norm(x, self.product("down", act, D), self.norm_next, down_bias)
         return (x, h, *states)
 
-    def window(self, qk: Tensor, v: Tensor, extra: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """sigmoid(omega) [N_w, Z_w] as [B,T,H*(d+1)], and the keys and values to remember.
+    def repeated(self, heads: Sequence[Tensor]) -> list[Tensor]:
+        """Key/value heads, each as often as query heads share it. A Concat of whole heads costs a copy; a Gather of
+        columns would cost an index a number."""
+        return [head for head in heads for _ in range(self.geometry.groups)]
+
+    def normed(self, qk: Tensor) -> Tensor:
+        g, eps = self.geometry, self.geometry.rms_norm_eps
+        shape = [*qk.shape[:2], g.num_heads + g.num_kv_heads, g.head_dim]
+        heads = self.reshape(qk, self.to_group_heads, shape)
+        heads = _op("SimplifiedLayerNormalization", [heads, self.unit_gamma], shape, axis=-1, epsilon=eps)
+        return self.reshape(heads * self.qk_gamma, self.to_columns, list(qk.shape))
+
+    def rotated(self, qk: Tensor, extra: dict[str, Tensor]) -> Tensor:
+        shape = [*qk.shape[:2], self.geometry.num_heads + self.geometry.num_kv_heads, self.geometry.head_dim]
+        heads = self.reshape(qk, self.to_group_heads, shape)
+        heads = rotate(heads, extra["rotary_cos"][:, None], extra["rotary_sin"][:, None])
+        return self.reshape(heads, self.to_columns, list(qk.shape))
+
+    def window(
+        self, qk: Tensor, v: Sequence[Tensor], extra: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """sigmoid(omega) [N_w, Z_w] as [B,T,H,d+1], and the keys and values to remember.
 
         Keys are kept un-rotated and rotated at their place in the buffer: scores depend on distances alone, so
         positions never grow, however long the text.
@@ -188,7 +199,9 @@ class StepLayer(nn.Module):
         mask = extra["window_mask"]  # [T,P+T]
         heads = self.reshape(qk, self.to_group_heads, [B, T, H + G, d]).transpose(1, 2)
         q, k = torch.split(heads, [H, G], 1)
-        v_heads = self.reshape(v, self.to_values, [B, T, G, d + 1]).transpose(1, 2)[..., :d]
+        v_heads = self.reshape(torch.cat(list(v), 2), self.to_values, [B, T, G, d + 1]).transpose(1, 2)[
+            ..., :d
+        ]
         if past:
             k = torch.cat([extra["window_key"], k], 2)
             v_heads = torch.cat([extra["window_value"], v_heads], 2)
@@ -201,8 +214,7 @@ class StepLayer(nn.Module):
         scores = q @ k.transpose(2, 3) + mask
         weights = (scores - scores.amax(-1, keepdim=True)).exp()
         both = torch.cat([weights @ v_heads, weights.sum(-1, keepdim=True)], -1)  # [B,H,T,d+1]
-        mixed = (both * self.window_share).transpose(1, 2)
-        return self.reshape(mixed, self.to_columns, [B, T, H * (d + 1)]), keys, values
+        return (both * self.window_share).transpose(1, 2), keys, values
 
     def product(self, name: str, x: Tensor, width: int) -> Tensor:
         return _op("lawcat::Product", [x], [*x.shape[:-1], width], name=name)
@@ -223,11 +235,6 @@ class StepLayer(nn.Module):
     def reshape(self, x: Tensor, target: Tensor, shape: list[Any]) -> Tensor:
         """One Reshape with a constant target (0 keeps a dimension): torch's own would compute it at run time."""
         return _op("Reshape", [x, target], shape)
-
-
-def _columns(heads: Tensor, width: int) -> Tensor:
-    """Column numbers of the given heads, each ``width`` columns wide."""
-    return (heads[:, None] * width + torch.arange(width)).flatten()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
