@@ -63,3 +63,26 @@ def train_tokenizer(bos: bool = False) -> tokenizers.Tokenizer:
 @functools.cache
 def toy_tokenizer(bos: bool = False) -> tokenizers.Tokenizer:
     return train_tokenizer(bos)
+
+
+@functools.cache
+def metaspace_tokenizer() -> tokenizers.Tokenizer:
+    """In the manner of Llama 2 and Mistral: words begin with ▁, a text begins with <s>."""
+    tokenizer = tokenizers.Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Metaspace(prepend_scheme="first"),
+            pre_tokenizers.Split("\n", "isolated"),
+            pre_tokenizers.Digits(individual_digits=True),
+        ]
+    )
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
+    trainer = trainers.BpeTrainer(
+        vocab_size=900,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=[chr(code) for code in range(33, 127)] + ["\n"],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([prose(200), *TASK_TEXTS * 40], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return tokenizer

@@ -28,7 +28,7 @@ BATCH_CHARACTERS = 1 << 20
 """Text handed to the tokenizer at once; bounds its memory."""
 
 _PROBE = "The pass key is 12345.\n\nEl niño — “quoted” and\ttabbed; x_1 = {a: 0.5}"
-_END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>", "<|im_end|>")
+END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eot_id|>", "<|im_end|>")
 
 
 def tokenizer_fingerprint(tokenizer: tokenizers.Tokenizer) -> str:
@@ -50,13 +50,13 @@ def separator_ids(tokenizer: tokenizers.Tokenizer) -> list[int]:
 
     Raises LawcatError for a tokenizer without any known end token.
     """
-    for name in _END_TOKENS:
+    for name in END_TOKENS:
         token = tokenizer.token_to_id(name)
         if token is not None:
             starts = [i for i in start_ids(tokenizer) if i != token]
             return [token, *starts]
     raise LawcatError(
-        f"The tokenizer has none of the end tokens {', '.join(_END_TOKENS)}; add one to its tokenizer.json."
+        f"The tokenizer has none of the end tokens {', '.join(END_TOKENS)}; add one to its tokenizer.json."
     )
 
 

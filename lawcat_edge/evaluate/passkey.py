@@ -72,8 +72,8 @@ class Passkey:
         """Filler tokens before the needle: as near to depth as both stretches may stop between words."""
         wish = min(max(round(room * depth), self._least), room - self._least)
         ring = len(self.filler.ids)
-        # With whole words as tokens more than half of the places may be cut, so the first search finds two that
-        # add up; for a tokenizer that splits these words, cut within a word.
+        # With whole words as tokens more than half of the places may be cut, so the first search finds two
+        # that add up; for a tokenizer that splits these words, cut within a word.
         for stops in (self._stops, np.ones_like(self._stops)):
             for shift in range(2 * ring + 1):
                 for before in (wish - shift, wish + shift):

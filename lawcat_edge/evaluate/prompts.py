@@ -81,7 +81,8 @@ def wilson(correct: int, n: int, z: float = 1.959963984540054) -> tuple[float, f
     share, z2 = correct / n, z * z
     middle = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = z * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-    return max(0.0, middle - half), min(1.0, middle + half)
+    # At the ends rounding must not push the bound past the share itself.
+    return (middle - half if correct else 0.0), (middle + half if correct < n else 1.0)
 
 
 MakePrompt = Callable[[np.random.Generator, int, float], Prompt]

@@ -1,0 +1,183 @@
+"""Perplexity and mean KL against a teacher, by position: where a linear model forgets, it shows there
+first."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lawcat_edge.distill.corpus import encode_parts, start_ids
+from lawcat_edge.distill.readers import expand, read_parts
+from lawcat_edge.evaluate.lm import LanguageModel, to_numpy
+from lawcat_edge.runtime.errors import LawcatError
+
+EDGES = (0, 1024, 2048, 4096, 8192, 16_384, 32_768, 65_536)
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Means over the predicted tokens at positions begin ≤ t < end. Natural logarithms; stderr as if tokens
+    were independent; kl is KL(teacher ‖ model), agreement the share of equal likeliest tokens (both None
+    without a teacher)."""
+
+    begin: int
+    end: int
+    tokens: int
+    nll: float
+    nll_stderr: float
+    perplexity: float
+    kl: float | None = None
+    agreement: float | None = None
+
+
+@dataclass(frozen=True)
+class PerplexityReport:
+    model: str
+    kind: str
+    teacher: str | None
+    settings: dict[str, Any]
+    buckets: tuple[Bucket, ...]
+    overall: Bucket
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"format": 1, "task": "perplexity", **asdict(self)}
+
+
+def text_sequences(
+    files: Sequence[str | Path], model: LanguageModel, length: int, samples: int
+) -> np.ndarray:
+    """The first ``samples`` sequences of ``length`` ids of the files' text, documents joined by the
+    separator: int32 [samples, length]. Raises LawcatError when the text is too short for one; fewer than
+    ``samples`` may come back."""
+    parts = (part for path in expand(files) for part in read_parts(path))
+    held = [np.asarray(start_ids(model.tokenizer), np.int32)]
+    size = len(held[0])
+    for _, ids in encode_parts(parts, model.tokenizer):
+        held.append(ids)
+        size += len(ids)
+        if size >= samples * length:
+            break
+    flat = np.concatenate(held)[: samples * length]
+    count = len(flat) // length
+    if count == 0:
+        raise LawcatError(
+            f"The text holds {size:,} tokens, less than one sequence of {length:,}; give more text."
+        )
+    return flat[: count * length].reshape(count, length)
+
+
+def token_losses(logits: Any, reference: Any | None, targets: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Per token of logits [B,t,V] and targets [B,t]: nll, KL(reference ‖ logits) and top-1 agreement (0,
+    1), [B,t] each.
+
+    On the device of torch tensors when both are, else in numpy and float64. Without a reference the last
+    two are zero.
+    """
+    if not isinstance(logits, np.ndarray) and not isinstance(reference, np.ndarray):
+        import torch
+
+        predicted = logits.float().log_softmax(-1)
+        wanted = torch.as_tensor(targets, dtype=torch.int64, device=logits.device)
+        nll = -predicted.gather(-1, wanted[..., None])[..., 0]
+        if reference is None:
+            zeros = np.zeros(targets.shape)
+            return nll.double().cpu().numpy(), zeros, zeros
+        known = reference.to(logits.device).float().log_softmax(-1)
+        kl = (known.exp() * (known - predicted)).sum(-1)
+        same = predicted.argmax(-1) == known.argmax(-1)
+        return tuple(x.double().cpu().numpy() for x in (nll, kl, same))
+    mine = _log_softmax(to_numpy(logits))
+    nll = -np.take_along_axis(mine, np.asarray(targets, np.int64)[..., None], -1)[..., 0]
+    if reference is None:
+        return nll, np.zeros(nll.shape), np.zeros(nll.shape)
+    theirs = _log_softmax(to_numpy(reference))
+    kl = (np.exp(theirs) * (theirs - mine)).sum(-1)
+    return nll, kl, (mine.argmax(-1) == theirs.argmax(-1)).astype(np.float64)
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    x = logits.astype(np.float64)
+    x -= x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def perplexity(
+    model: LanguageModel,
+    files: Sequence[str | Path],
+    length: int = 8192,
+    samples: int = 8,
+    teacher: LanguageModel | None = None,
+    chunk: int = 512,
+    deadline: float | None = None,
+) -> PerplexityReport:
+    """Perplexity of ``model`` on the files' text in sequences of ``length`` tokens, by position bucket.
+
+    teacher: adds KL and agreement. chunk: positions whose logits exist at once. deadline: time.monotonic()
+    after which no further sequence is begun (at least one is read).
+    """
+    if length < 2:
+        raise LawcatError(f"Perplexity needs at least 2 tokens a sequence, not {length}.")
+    if samples < 1:
+        raise LawcatError(f"Perplexity needs at least one sequence, not {samples}.")
+    began = time.monotonic()
+    rows = text_sequences(files, model, length, samples)
+    losses: list[np.ndarray] = []
+    for row in rows:
+        if losses and deadline is not None and time.monotonic() > deadline:
+            break
+        losses.append(sequence_losses(model, teacher, row, chunk))
+    table = np.stack(losses)  # [n, 3, T-1]
+    buckets = []
+    # Position t is that of the predicted token, so position 0 never occurs.
+    for begin, end in zip(EDGES, (*EDGES[1:], length), strict=True):
+        if max(begin, 1) < min(end, length):
+            buckets.append(
+                _bucket(
+                    table[:, :, max(begin - 1, 0) : min(end, length) - 1], begin, min(end, length), teacher
+                )
+            )
+    settings = {
+        "length": length,
+        "samples": len(table),
+        "chunk": chunk,
+        "text": [Path(f).name for f in map(str, files)],
+    }
+    overall = _bucket(table, 0, length, teacher)
+    seconds = round(time.monotonic() - began, 2)
+    name = teacher.name if teacher is not None else None
+    return PerplexityReport(model.name, model.kind, name, settings, tuple(buckets), overall, seconds)
+
+
+def sequence_losses(
+    model: LanguageModel, teacher: LanguageModel | None, row: np.ndarray, chunk: int
+) -> np.ndarray:
+    """nll, KL and agreement of the tokens 1 … T−1 of one sequence: float64 [3, T−1]."""
+    inputs, targets = row[None, :-1], row[None, 1:]
+    references = teacher.logits(inputs, chunk) if teacher is not None else None
+    found = []
+    for start, logits in zip(range(0, inputs.shape[1], chunk), model.logits(inputs, chunk), strict=True):
+        reference = next(references) if references is not None else None
+        found.append(np.concatenate(token_losses(logits, reference, targets[:, start : start + chunk])))
+    return np.concatenate(found, axis=1)
+
+
+def _bucket(table: np.ndarray, begin: int, end: int, teacher: LanguageModel | None) -> Bucket:
+    nll, kl, same = (table[:, k].ravel() for k in range(3))
+    mean = float(nll.mean())
+    return Bucket(
+        begin,
+        end,
+        len(nll),
+        mean,
+        float(nll.std() / math.sqrt(len(nll))),
+        math.exp(min(mean, 700.0)),
+        float(kl.mean()) if teacher is not None else None,
+        float(same.mean()) if teacher is not None else None,
+    )
