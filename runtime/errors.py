@@ -7,7 +7,7 @@ class LawcatError(Exception):
     exit_code = 2
 
 
-class CheckFailed(LawcatError):
+class CheckFailed(LawcatError):  # noqa: N818 (it reads as what happened)
     """A check ran and did not pass; the command line exits with 1."""
 
     exit_code = 1

@@ -1,0 +1,355 @@
+"""onnxruntime behind a bundle: tokens and state in, logits and state out, at constant memory.
+
+The state lives in numpy arrays that are bound to the session as inputs *and* outputs, so a step allocates
+and copies nothing. A tensor is updated in place only where the graph's only reader of the old value is the
+operator that writes the new one (LinearAttention and CausalConvWithState of com.microsoft, whose CPU kernels
+allow it); every other one alternates between two buffers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lawcat_edge.runtime import rotary
+from lawcat_edge.runtime.bundle import Bundle, StateTensor
+from lawcat_edge.runtime.errors import LawcatError
+from lawcat_edge.runtime.onnx_check import ModelSummary
+
+DEFAULT_CHUNK = 256
+_IN_PLACE = {"LinearAttention", "CausalConvWithState"}
+
+
+class State:
+    """The recurrent state of `batch` sequences that are all `position` tokens long. Constant size."""
+
+    def __init__(self, tensors: Sequence[StateTensor], in_place: Sequence[bool], batch: int) -> None:
+        self.tensors = tuple(tensors)
+        self.in_place = tuple(in_place)
+        self.batch = batch
+        self.position = 0
+        self.arrays = [_aligned((batch, *tensor.shape)) for tensor in tensors]
+        self._spare = [
+            array if same else _aligned(array.shape)
+            for array, same in zip(self.arrays, in_place, strict=True)
+        ]
+        self._phase = 0
+        self.bindings: dict[tuple[str, int, int], _Call] = {}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in self.arrays)
+
+    @property
+    def targets(self) -> list[np.ndarray]:
+        """Where the next step writes (the same arrays where that is safe)."""
+        return self._spare
+
+    def advance(self, tokens: int) -> None:
+        self.arrays, self._spare = self._spare, self.arrays
+        if not all(self.in_place):
+            self._phase ^= 1
+        self.position += tokens
+
+    @property
+    def phase(self) -> int:
+        return self._phase
+
+    def rows(self, which: Sequence[int]) -> State:
+        """A new state of the sequences `which` (any number, any order); its memory is its own."""
+        other = State(self.tensors, self.in_place, len(which))
+        for mine, theirs in zip(self.arrays, other.arrays, strict=True):
+            theirs[...] = mine[list(which)]
+        other.position = self.position
+        return other
+
+    def clear(self) -> None:
+        """Back to the state before any token."""
+        for array in self.arrays:
+            array[...] = 0
+        self.position = 0
+
+    def copy(self) -> State:
+        return self.rows(range(self.batch))
+
+    @staticmethod
+    def stack(states: Sequence[State]) -> State:
+        """One state of all sequences of `states`, in order."""
+        first = states[0]
+        joined = State(first.tensors, first.in_place, sum(state.batch for state in states))
+        for i, array in enumerate(joined.arrays):
+            np.concatenate([state.arrays[i] for state in states], axis=0, out=array)
+        joined.position = max(state.position for state in states)
+        return joined
+
+
+class _Call:
+    """One session, one T, one phase of the buffers: everything bound once, run many times."""
+
+    def __init__(
+        self, binding: Any, ids: np.ndarray, logits: np.ndarray, extra: dict[str, np.ndarray]
+    ) -> None:
+        self.binding, self.ids, self.logits, self.extra = binding, ids, logits, extra
+
+
+class Engine:
+    """A bundle's graphs in onnxruntime sessions. ``forward`` is all there is.
+
+    threads: intra-op threads (default: physical cores this process may use).
+    flavour: 'ort', 'onnx' or 'portable'; default the first of these the bundle has.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        threads: int | None = None,
+        flavour: str | None = None,
+        chunk: int = DEFAULT_CHUNK,
+        session_config: dict[str, str] | None = None,
+        profile_prefix: str | None = None,
+    ) -> None:
+        if threads is not None and not 1 <= threads <= 1024:
+            raise LawcatError(f"threads must be from 1 to 1024, not {threads}.")
+        if not 1 <= chunk <= 1 << 16:
+            raise LawcatError(f"The prompt chunk must be from 1 to 65536 tokens, not {chunk}.")
+        self.bundle = bundle
+        self.threads = threads or physical_cores()
+        self.flavour = _choose_flavour(bundle, flavour)
+        self.chunk = chunk
+        self._config = session_config or {}
+        self._profile_prefix = profile_prefix
+        self._sessions: dict[str, Any] = {}
+        manifest = bundle.manifest
+        self.vocab_size = manifest.vocab_size
+        graphs = manifest.graphs[self.flavour]
+        self._in_place = [
+            all(_in_place_is_safe(bundle.graphs[name], tensor) for name in graphs.values())
+            for tensor in manifest.state
+        ]
+        self._frequencies = rotary.inverse_frequencies(manifest.geometry) if manifest.rope else None
+        self._session("last")
+        bundle.check_unchanged()
+
+    @property
+    def has_all_positions(self) -> bool:
+        return "all" in self.bundle.manifest.graphs[self.flavour]
+
+    def new_state(self, batch: int = 1) -> State:
+        """The state before any token, zeros."""
+        return State(self.bundle.manifest.state, self._in_place, batch)
+
+    def forward(self, ids: np.ndarray, state: State, all_positions: bool = False) -> np.ndarray:
+        """Feed ids [B,T], any T >= 1, updating `state`; logits float32 [B,V] of the last token, or [B,T,V].
+
+        The result is a buffer that the next call with this state overwrites: copy it to keep it.
+        Callers feed long texts in pieces (``prefill``), since memory grows with T.
+        """
+        if ids.ndim != 2 or ids.shape[0] != state.batch or ids.shape[1] < 1:
+            raise LawcatError(f"Tokens must have the shape [{state.batch}, T >= 1], not {list(ids.shape)}.")
+        if ids.min() < 0 or ids.max() >= self.vocab_size:
+            raise LawcatError(f"A token id is outside the vocabulary of {self.vocab_size}; export it again.")
+        T = ids.shape[1]
+        kind = "all" if all_positions else "last"
+        key = (kind, T, state.phase)
+        call = state.bindings.get(key)
+        if call is None:
+            call = self._bind(kind, T, state)
+            if not all_positions and T in (1, self.chunk):  # the lengths that repeat
+                state.bindings[key] = call
+        call.ids[...] = ids
+        self._fill_extra(call, state, T)
+        try:
+            self._sessions[kind].run_with_iobinding(call.binding)
+        except Exception as error:
+            raise LawcatError(f"onnxruntime failed to run the model: {_first_line(error)}.") from error
+        state.advance(T)
+        return call.logits if all_positions else call.logits[:, 0]
+
+    def prefill(self, tokens: Sequence[int] | np.ndarray, state: State) -> np.ndarray:
+        """Feed the tokens of one sequence in chunks, at flat memory; logits [1,V] of the last one."""
+        ids = np.asarray(tokens, dtype=np.int64)
+        if ids.size == 0:
+            raise LawcatError("There is nothing to read: the prompt has no tokens.")
+        logits = None
+        for start in range(0, ids.size, self.chunk):
+            logits = self.forward(ids[None, start : start + self.chunk], state)
+        assert logits is not None
+        return logits
+
+    def end_profiling(self) -> Path:
+        """Stop profiling (see profile_prefix) and return the trace's path."""
+        return Path(self._sessions["last"].end_profiling())
+
+    def _fill_extra(self, call: _Call, state: State, T: int) -> None:
+        if "window_fill" in call.extra:
+            call.extra["window_fill"][0] = min(state.position, self.bundle.manifest.window - 1)
+        if "rotary_cos" in call.extra:
+            assert self._frequencies is not None
+            angle = rotary.angles(self._frequencies, state.position, T)
+            np.cos(angle, out=call.extra["rotary_cos"], casting="same_kind")
+            np.sin(angle, out=call.extra["rotary_sin"], casting="same_kind")
+
+    def _bind(self, kind: str, T: int, state: State) -> _Call:
+        session = self._session(kind)
+        names = {item.name for item in session.get_inputs()}
+        ids = np.zeros((state.batch, T), np.int64)
+        logits = _aligned((state.batch, T if kind == "all" else 1, self.vocab_size))
+        extra: dict[str, np.ndarray] = {}
+        if "window_fill" in names:
+            extra["window_fill"] = np.zeros(1, np.int64)
+        if "rotary_cos" in names:
+            d = self.bundle.manifest.geometry["head_dim"]
+            extra["rotary_cos"], extra["rotary_sin"] = np.zeros((2, T, d), np.float32)
+        binding = session.io_binding()
+        inputs = [("input_ids", ids), *extra.items()]
+        inputs += [(t.input, array) for t, array in zip(state.tensors, state.arrays, strict=True)]
+        outputs = [("logits", logits)]
+        outputs += [(t.output, array) for t, array in zip(state.tensors, state.targets, strict=True)]
+        for name, array in inputs:
+            binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+        for name, array in outputs:
+            binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+        return _Call(binding, ids, logits, extra)
+
+    def _session(self, kind: str) -> Any:
+        if kind in self._sessions:
+            return self._sessions[kind]
+        graphs = self.bundle.manifest.graphs[self.flavour]
+        if kind not in graphs:
+            raise LawcatError(f"The bundle has no graph for {kind!r} positions; export it again.")
+        ort = _onnxruntime(self.bundle.manifest.min_onnxruntime)
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = self.threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        for key, value in self._config.items():
+            options.add_session_config_entry(key, value)
+        if self._profile_prefix and kind == "last":
+            options.enable_profiling = True
+            options.profile_file_prefix = self._profile_prefix
+        path = self.bundle.path(graphs[kind])
+        try:
+            session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:
+            raise LawcatError(
+                f"onnxruntime {ort.__version__} cannot load {path.name}: {_first_line(error)}; "
+                "update onnxruntime, or export with `--ops portable`."
+            ) from error
+        self._check_session(session, path.name, kind)
+        self._sessions[kind] = session
+        return session
+
+    def _check_session(self, session: Any, name: str, kind: str) -> None:
+        """The session's inputs and outputs are those of the manifest, in type and in every fixed size."""
+        manifest = self.bundle.manifest
+        inputs: dict[str, tuple[str, tuple[int | None, ...]]] = {"input_ids": ("tensor(int64)", (None, None))}
+        if manifest.rope:
+            for key in ("rotary_cos", "rotary_sin"):
+                inputs[key] = ("tensor(float)", (None, manifest.geometry["head_dim"]))
+        outputs: dict[str, tuple[str, tuple[int | None, ...]]] = {
+            "logits": ("tensor(float)", (None, None if kind == "all" else 1, manifest.vocab_size))
+        }
+        for tensor in manifest.state:
+            inputs[tensor.input] = outputs[tensor.output] = ("tensor(float)", (None, *tensor.shape))
+        if manifest.window > 1:
+            inputs["window_fill"] = ("tensor(int64)", (1,))
+        for kind_of, expected, found in (
+            ("input", inputs, session.get_inputs()),
+            ("output", outputs, session.get_outputs()),
+        ):
+            got = {item.name: item for item in found}
+            for key in sorted(set(expected) ^ set(got)):
+                problem = "lacks" if key in expected else "has an unknown"
+                raise LawcatError(f"{name} {problem} {kind_of} {key!r}; export the bundle again.")
+            for key, (dtype, shape) in expected.items():
+                sizes = got[key].shape
+                fits = len(sizes) == len(shape) and all(
+                    want is None or not isinstance(size, int) or size == want
+                    for size, want in zip(sizes, shape, strict=True)
+                )
+                if got[key].type != dtype or not fits or isinstance(sizes[0], int) != (shape[0] is not None):
+                    raise LawcatError(
+                        f"{name}: {kind_of} {key!r} is {got[key].type} {sizes}, not {dtype} {list(shape)}; "
+                        "export the bundle again."
+                    )
+
+
+def physical_cores() -> int:
+    """Physical cores this process may use: hyper-threads share the units a matrix product needs."""
+    try:
+        allowed: Iterable[int] = os.sched_getaffinity(0)  # type: ignore[attr-defined,unused-ignore]
+    except AttributeError:  # macOS, Windows: no way without another package; arm has no hyper-threads
+        share = 1 if platform.machine().lower() in ("arm64", "aarch64") else 2
+        return max(1, (os.cpu_count() or 1) // share)
+    cores = set()
+    for cpu in allowed:
+        siblings = str(cpu)
+        with contextlib.suppress(OSError):
+            siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text()
+        cores.add(siblings.strip())
+    count = max(1, len(cores))
+    with contextlib.suppress(OSError, ValueError):  # a container's share of the machine
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        count = min(count, max(1, int(quota) // int(period)))
+    return count
+
+
+def _choose_flavour(bundle: Bundle, flavour: str | None) -> str:
+    available = bundle.manifest.ops
+    if flavour is None:
+        return next(op for op in ("ort", "portable", "onnx") if op in available)
+    if flavour not in available:
+        raise LawcatError(
+            f"The bundle has no {flavour!r} graph, only {', '.join(available)}; "
+            f"export it with `--ops {flavour}`."
+        )
+    return flavour
+
+
+def _onnxruntime(minimum: str) -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise LawcatError("onnxruntime is missing; install it with `pip install onnxruntime`.") from error
+    if _version(onnxruntime.__version__) < _version(minimum):
+        raise LawcatError(
+            f"The bundle needs onnxruntime {minimum} or newer and {onnxruntime.__version__} is installed; "
+            "run `pip install -U onnxruntime`, or export with `--ops portable`."
+        )
+    return onnxruntime
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", text)[:3])
+
+
+def _in_place_is_safe(graph: ModelSummary, tensor: StateTensor) -> bool:
+    readers = [node for node in graph.nodes if tensor.input in node.inputs]
+    return (
+        len(readers) == 1
+        and readers[0].op in _IN_PLACE
+        and readers[0].domain == "com.microsoft"
+        and tensor.output in readers[0].outputs
+        # Nobody may read the new value either: it could meet the buffer of another step.
+        and not any(tensor.output in node.inputs for node in graph.nodes)
+    )
+
+
+def _aligned(shape: tuple[int, ...]) -> np.ndarray:
+    """Zeros, float32, on a 64-byte boundary as onnxruntime's own buffers are."""
+    count = int(np.prod(shape, dtype=np.int64))
+    raw = np.zeros(count * 4 + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + count * 4].view(np.float32).reshape(shape)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return (text[0] if text else type(error).__name__)[:300].rstrip(".")

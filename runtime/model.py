@@ -1,0 +1,379 @@
+"""The pleasant side of a bundle: ``Model.load``, ``model.generate``, ``model.chat``, ``model.snapshot``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lawcat_edge.runtime import batch
+from lawcat_edge.runtime.bundle import CHAT_TEMPLATE, TOKENIZER, Bundle
+from lawcat_edge.runtime.context import Context, Generation, Mark, Result
+from lawcat_edge.runtime.engine import DEFAULT_CHUNK, Engine
+from lawcat_edge.runtime.errors import LawcatError
+from lawcat_edge.runtime.sampling import Sampler, SamplingOptions
+from lawcat_edge.runtime.snapshot import Snapshot
+from lawcat_edge.runtime.stats import peak_memory
+from lawcat_edge.runtime.template import ChatTemplate, Message, check_messages
+from lawcat_edge.runtime.text import Detokenizer, StopStrings, Tokenizer
+
+Prompt = str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to generate: sampling, length, where to stop, what to record. See ``Model.generate``."""
+
+    sampling: SamplingOptions
+    max_new_tokens: int
+    stop: tuple[str, ...]
+    logprobs: int | None
+    ignore_eos: bool
+
+    @classmethod
+    def of(
+        cls,
+        max_new_tokens: int = 256,
+        stop: Sequence[str] | str = (),
+        logprobs: int | None = None,
+        ignore_eos: bool = False,
+        sampling: SamplingOptions | None = None,
+        **options: Any,
+    ) -> Request:
+        """Options by name: those above, and the fields of SamplingOptions (or one, as `sampling`)."""
+        if type(max_new_tokens) is not int or not 0 <= max_new_tokens <= 1 << 30:
+            raise LawcatError(f"max_new_tokens must be a whole number of at least 0, not {max_new_tokens!r}.")
+        unknown = sorted(set(options) - set(SamplingOptions.__dataclass_fields__))
+        if unknown:
+            known = ", ".join(["max_new_tokens", "stop", "logprobs", *SamplingOptions.__dataclass_fields__])
+            raise LawcatError(f"There is no option {unknown[0]!r}; known are {known}.")
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        StopStrings(stops)  # refuses bad ones now, not at the first token
+        return cls(sampling or SamplingOptions(**options), max_new_tokens, stops, logprobs, ignore_eos)
+
+
+class Model:
+    """A bundle ready to run. ``context`` is the text of the last call.
+
+    Options of ``generate``, ``chat`` and ``generate_batch``: max_new_tokens (256), temperature (0: greedy),
+    top_k, top_p, min_p, repetition_penalty, seed, stop (a string or several), logprobs (record so many
+    alternatives a token; 0 only the chosen one), ignore_eos.
+    """
+
+    def __init__(self, bundle: Bundle, engine: Engine) -> None:
+        self.bundle = bundle
+        self.engine = engine
+        manifest = bundle.manifest
+        self.tokenizer = Tokenizer(bundle.read(TOKENIZER), manifest.vocab_size)
+        self.eos = frozenset(manifest.eos)
+        self.context = self.new_context()
+        self._template: ChatTemplate | None = None
+
+    @classmethod
+    def load(
+        cls,
+        path: Path | str,
+        threads: int | None = None,
+        check_hashes: bool = True,
+        flavour: str | None = None,
+        chunk: int = DEFAULT_CHUNK,
+    ) -> Model:
+        """Open the bundle in folder `path`.
+
+        threads: default, the physical cores. chunk: tokens of a prompt read at once (memory grows with it).
+        Raises LawcatError with what to do if the bundle is damaged or cannot run here.
+        """
+        bundle = Bundle.open(path, check_hashes=check_hashes)
+        return cls(bundle, Engine(bundle, threads=threads, flavour=flavour, chunk=chunk))
+
+    def new_context(self) -> Context:
+        return Context(self.engine.new_state())
+
+    def reset(self) -> None:
+        """Forget the last text and its conversation."""
+        self.context = self.new_context()
+
+    def read(self, text: Prompt, context: Context | None = None) -> Context:
+        """Read `text` without answering: into a new context, or on at the end of `context`."""
+        context = self.context = context or self.new_context()
+        with _busy(context):
+            self._append(context, text)
+            # The last token stays unread: what goes on from here needs a token to start from.
+            self._feed(context, len(context) - 1)
+        return context
+
+    def generate(self, prompt: Prompt = "", *, context: Context | None = None, **options: Any) -> Generation:
+        """Continue `prompt` (text or token ids): an iterator of text.
+
+        context: go on from this text (of ``read``, ``restore``, ``fork`` or an earlier call) instead of from
+        nothing; the prompt may then be empty. Options: see the class.
+        """
+        request = Request.of(**options)
+
+        def start(generation: Generation) -> Generator[str, None, None]:
+            used = self.context = context or self.new_context()
+            with _busy(used):
+                generation.stats.reused_tokens = used.fed
+                if len(prompt) or not len(used):
+                    self._append(used, prompt)
+                yield from self._stream(generation, used, request)
+
+        return Generation(start, request.logprobs is not None)
+
+    def chat(
+        self,
+        messages: str | Sequence[Message],
+        *,
+        system: str | None = None,
+        context: Context | None = None,
+        **options: Any,
+    ) -> Generation:
+        """Answer a message, or a whole conversation; an iterator of text. Options: see the class.
+
+        A text goes on with the last conversation, or in `context` (which may hold a document that was read).
+        A list of ``{"role", "content"}`` is the whole conversation; what the state has seen is not read again.
+        system: the system prompt, at the start of a new conversation. Call ``reset`` to begin anew.
+        """
+        request = Request.of(**options)
+        template = self.template
+        if not isinstance(messages, str):
+            check_messages(messages)
+
+        def start(generation: Generation) -> Generator[str, None, None]:
+            if context is None and not self.context.messages:
+                self.context = self.new_context()
+            used = self.context = context or self.context
+            with _busy(used):
+                if isinstance(messages, str):
+                    history = [dict(message) for message in used.messages]
+                    if system is not None and not history:
+                        history.append({"role": "system", "content": system})
+                    history.append({"role": "user", "content": messages})
+                else:
+                    history = [dict(message) for message in messages]
+                text = template.render(history)
+                self._append_chat(used, text, history)
+                generation.stats.reused_tokens = used.fed
+                try:
+                    yield from self._stream(generation, used, request)
+                finally:
+                    reply = "".join(generation._parts)
+                    used.messages = [*history, {"role": "assistant", "content": reply}]
+                    # Known only if the tokens say what the reply says: not after a stop string, for example.
+                    same = self.tokenizer.decode(generation.tokens, skip_special=False) == reply
+                    used.mark = Mark.of(text + reply) if same else None
+
+        return Generation(start, request.logprobs is not None)
+
+    def generate_batch(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sequence[SamplingOptions] | None = None,
+        **options: Any,
+    ) -> list[Result]:
+        """Continue several prompts at once; each result is what ``generate`` gives for that prompt alone.
+
+        Each prompt is read by itself, then all are decoded together. sampling: one for each prompt (to draw
+        several texts of one prompt, give each its seed).
+        """
+        if sampling is not None and len(sampling) != len(prompts):
+            raise LawcatError(f"There are {len(prompts)} prompts and {len(sampling)} sampling options.")
+        each = sampling if sampling is not None else [None] * len(prompts)
+        requests = [Request.of(**{**options, "sampling": one}) for one in each]
+        return batch.run(self, prompts, requests)
+
+    def snapshot(self, path: Path | str | None = None, context: Context | None = None) -> Snapshot:
+        """The state of the last text (or `context`), written to the file `path` if one is given."""
+        context = context or self.context
+        if not len(context):
+            raise LawcatError("There is nothing to save yet; read or generate something first.")
+        tensors = [values[0].copy() for values in context.state.arrays]
+        snapshot = Snapshot(self.bundle.sha256, context.tokens[:], context.fed, tensors, context.to_extra())
+        if path is not None:
+            snapshot.save(path)
+        return snapshot
+
+    def restore(self, source: Path | str | Snapshot) -> Context:
+        """The context of a snapshot (object or file), which becomes ``model.context``."""
+        snapshot = source if isinstance(source, Snapshot) else Snapshot.load(source, self.bundle)
+        if snapshot.bundle_sha256 != self.bundle.sha256:
+            raise LawcatError("The snapshot belongs to another bundle; load it with the bundle that made it.")
+        context = self.new_context()
+        for values, saved in zip(context.state.arrays, snapshot.tensors, strict=True):
+            values[0] = saved
+        context.state.position = snapshot.fed
+        context.tokens = snapshot.tokens[:]
+        _restore_conversation(context, snapshot.extra)
+        self.context = context
+        return context
+
+    @property
+    def template(self) -> ChatTemplate:
+        """The bundle's chat template; LawcatError if it has none."""
+        if self._template is None:
+            if not self.bundle.has(CHAT_TEMPLATE):
+                raise LawcatError("The bundle has no chat template; use `generate` with a plain prompt.")
+            try:
+                source = self.bundle.read(CHAT_TEMPLATE, 1 << 20).decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise LawcatError("The chat template is not UTF-8; export the bundle again.") from error
+            tokens = self.bundle.manifest.tokens
+            ids = (tokens.get("bos"), next(iter(tokens["eos"]), None))
+            bos, eos = ("" if token is None else self.tokenizer.token(token) for token in ids)
+            self._template = ChatTemplate(source, bos, eos)
+        return self._template
+
+    def encode(self, prompt: Prompt, first: bool = True) -> list[int]:
+        """Token ids of a prompt; first: it begins the text, so the tokenizer adds its begin token."""
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt, special=first)
+        ids = [int(token) for token in prompt]
+        if any(not 0 <= token < self.engine.vocab_size for token in ids):
+            raise LawcatError(f"Token ids must be from 0 to {self.engine.vocab_size - 1}.")
+        return ids
+
+    def _append(self, context: Context, prompt: Prompt) -> None:
+        ids = self.encode(prompt, first=not len(context))
+        if not ids and context.fed == len(context):
+            raise LawcatError("The prompt is empty; give some text to go on from.")
+        context.tokens.extend(ids)
+        context.messages, context.mark, context.has_base = [], None, True
+
+    def _append_chat(self, context: Context, text: str, history: list[Message]) -> None:
+        """Add what `text`, the rendered `history`, has beyond what `context` stands for."""
+        if context.mark is not None and context.mark.begins(text):
+            fresh = text[context.mark.length :]
+        elif not len(context) or (context.has_base and not context.messages):
+            fresh = text
+        elif context.has_base:
+            # The text before the conversation cannot be read again: add the last turn alone.
+            before = self.template.render(history[:-1], add_generation_prompt=False)
+            fresh = text[len(before) :] if text.startswith(before) else text
+        else:
+            context.clear()
+            fresh = text
+        ids = self.tokenizer.encode(fresh, special=False)
+        if not ids:
+            raise LawcatError("The chat template gives no text for these messages; check it with `info`.")
+        context.tokens.extend(ids)
+        context.mark = None
+
+    def _feed(self, context: Context, upto: int) -> np.ndarray | None:
+        """Run the tokens before `upto` that were not run yet, in chunks; logits [1,V] of the last, if any."""
+        logits = None
+        while context.fed < upto:
+            piece = context.tokens[context.fed : min(upto, context.fed + self.engine.chunk)]
+            logits = self.engine.forward(np.asarray(piece, np.int64)[None], context.state)
+        return logits
+
+    def _stream(
+        self, generation: Generation, context: Context, request: Request
+    ) -> Generator[str, None, None]:
+        stats = generation.stats
+        stats.state_bytes = context.state.nbytes
+        stats.prompt_tokens = len(context) - context.fed
+        begin = time.perf_counter()
+        writer = Writer(self, request, context, generation)
+        stats.seed = writer.sampler.seed
+        try:
+            if request.max_new_tokens == 0:
+                self._feed(context, len(context) - 1)
+                generation.stop_reason = "length"
+                return
+            logits = self._feed(context, len(context))
+            if logits is None:
+                raise LawcatError("There is nothing to go on from; give a prompt.")
+            first = stats.prefill_seconds = time.perf_counter() - begin
+            while True:
+                text = writer.choose(logits[0])
+                if stats.first_token_seconds is None:
+                    stats.first_token_seconds = time.perf_counter() - begin
+                # The time the reader of the stream takes is not ours.
+                paused = time.perf_counter()
+                if text:
+                    yield text
+                first += time.perf_counter() - paused
+                if writer.done:
+                    return
+                logits = self._feed(context, len(context))
+                assert logits is not None
+                stats.decode_seconds = time.perf_counter() - begin - first
+        finally:
+            stats.new_tokens = len(generation.tokens)
+            stats.context_tokens = len(context)
+            stats.peak_memory_bytes = peak_memory()
+
+
+class Writer:
+    """The end of one text that is being written: chooses tokens, gives out text, knows when to stop."""
+
+    def __init__(self, model: Model, request: Request, context: Context, generation: Generation) -> None:
+        self.request = request
+        self.context = context
+        self.generation = generation
+        self.sampler = Sampler(request.sampling, model.engine.vocab_size, request.logprobs)
+        self.sampler.observe(context.tokens)
+        self.done = False
+        self._eos = frozenset() if request.ignore_eos else model.eos
+        self._detokenizer = Detokenizer(model.tokenizer, context=context.tokens)
+        self._stops = StopStrings(request.stop)
+
+    def choose(self, logits: np.ndarray) -> str:
+        """Choose from logits [V]; the text that became certain. Sets ``done`` at the end."""
+        choice = self.sampler.choose(logits, len(self.context))
+        if choice.token in self._eos:
+            # Not added to the text: what comes after it is for the template to say.
+            return self._end("eos")
+        self.context.tokens.append(choice.token)
+        self.sampler.observe([choice.token])
+        self.generation.tokens.append(choice.token)
+        if self.request.logprobs is not None:
+            self.generation.choices.append(choice)
+        text = self._stops.push(self._detokenizer.push(choice.token))
+        if self._stops.found is not None:
+            self.done, self.generation.stop_reason = True, "stop"
+        elif len(self.generation.tokens) >= self.request.max_new_tokens:
+            text += self._end("length")
+        return text
+
+    def _end(self, reason: str) -> str:
+        text = self._stops.push(self._detokenizer.flush())
+        if self._stops.found is not None:
+            reason = "stop"
+        self.done, self.generation.stop_reason = True, reason
+        return text + self._stops.flush()
+
+
+class _busy:  # noqa: N801
+    """One call at a time may work on a context: two would interleave their tokens."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+
+    def __enter__(self) -> None:
+        if self.context.busy:
+            raise LawcatError(
+                "This text is being generated already; finish or close that call, or use fork()."
+            )
+        self.context.busy = True
+
+    def __exit__(self, *_: object) -> None:
+        self.context.busy = False
+
+
+def _restore_conversation(context: Context, extra: dict[str, Any]) -> None:
+    context.has_base = True
+    if not extra:
+        return
+    messages, mark = extra.get("messages"), extra.get("mark")
+    if not isinstance(messages, list):
+        raise LawcatError("The snapshot's conversation is not valid; make it again.")
+    check_messages(messages)
+    context.messages = messages
+    context.has_base = extra.get("has_base") is not False
+    if isinstance(mark, dict) and type(mark.get("length")) is int and isinstance(mark.get("sha256"), str):
+        context.mark = Mark(max(0, mark["length"]), mark["sha256"])

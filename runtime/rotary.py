@@ -1,0 +1,42 @@
+"""Rotary angles for bundles whose linear branch keeps the rotary embedding (``rope`` in the config)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from lawcat_edge.runtime.errors import LawcatError
+
+
+def inverse_frequencies(geometry: dict[str, Any]) -> np.ndarray:
+    """Radians a token, float64 [d/2], for the rope types default, linear and llama3."""
+    d = geometry["head_dim"]
+    theta = geometry.get("rope_theta")
+    if not isinstance(theta, (int, float)) or not 0 < theta < 1e12:
+        raise LawcatError("The bundle gives no valid rope_theta; export it again.")
+    base = float(theta) ** -(np.arange(0, d, 2, dtype=np.float64) / d)
+    scaling = geometry.get("rope_scaling") or {"rope_type": "default"}
+    try:
+        kind = scaling.get("rope_type")
+        if kind == "default":
+            return base
+        factor = float(scaling["factor"])
+        if kind == "linear":
+            return base / factor
+        if kind == "llama3":
+            low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
+            turns = float(scaling["original_max_position_embeddings"]) * base / (2 * math.pi)
+            # Slow dimensions are stretched by the factor, fast ones kept, those between blended.
+            keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
+            return base * keep + base / factor * (1 - keep)
+    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise LawcatError("The bundle's rope_scaling is incomplete; export it again.") from error
+    raise LawcatError(f"The bundle uses rope scaling {str(kind)[:40]!r}, unknown here; update lawcat-edge.")
+
+
+def angles(frequencies: np.ndarray, start: int, count: int) -> np.ndarray:
+    """Angles of positions start .. start+count-1, float64 [count, d]: both halves of a head turn alike."""
+    half = np.arange(start, start + count, dtype=np.float64)[:, None] * frequencies
+    return np.concatenate([half, half], axis=1)

@@ -1,0 +1,136 @@
+"""Choosing the next token from logits: the same choice for the same seed on every platform.
+
+All arithmetic is float64 numpy. The random number of the token at position p of a text is the p-th draw of
+PCG64(seed), so a generation that was saved and restored goes on exactly as it would have without the pause.
+"""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+
+import numpy as np
+
+from lawcat_edge.runtime.errors import LawcatError
+
+# name: (lowest, highest); temperature above 100 is indistinguishable from uniform.
+_RANGES = {
+    "temperature": (0.0, 100.0),
+    "top_p": (0.0, 1.0),
+    "min_p": (0.0, 1.0),
+    "repetition_penalty": (0.01, 100.0),
+}
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How tokens are chosen.
+
+    temperature: 0 is greedy; otherwise logits are divided by it.
+    top_k: keep the k most likely (0: all). top_p: keep the fewest whose probabilities reach it (1: all).
+    min_p: drop what is less likely than min_p times the most likely (0: none).
+    repetition_penalty: logits of tokens in the text are divided (positive) or multiplied by it (1: off).
+    seed: a whole number, or None for a fresh one each time.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in _RANGES.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+                raise LawcatError(f"{name} must be a number from {low:g} to {high:g}, not {value!r}.")
+        if type(self.top_k) is not int or not 0 <= self.top_k <= 1 << 24:
+            raise LawcatError(f"top_k must be a whole number of at least 0, not {self.top_k!r}.")
+        if self.seed is not None and (type(self.seed) is not int or not 0 <= self.seed < 1 << 63):
+            raise LawcatError(f"seed must be a whole number from 0 to 2**63 - 1, not {self.seed!r}.")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A chosen token, its log-probability under the unfiltered model, and the most likely alternatives."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Sampler:
+    """Chooses tokens by `options`; remembers the text's tokens if a repetition penalty needs them."""
+
+    def __init__(self, options: SamplingOptions, vocab_size: int, logprobs: int | None = None) -> None:
+        if logprobs is not None and not 0 <= logprobs <= min(100, vocab_size):
+            raise LawcatError(f"logprobs must be from 0 to {min(100, vocab_size)}, not {logprobs}.")
+        self.options = options
+        self.seed = secrets.randbits(62) if options.seed is None else options.seed
+        self.logprobs = logprobs
+        self._generator = np.random.PCG64(self.seed)
+        self._drawn = 0
+        self._seen = np.zeros(vocab_size, np.bool_) if options.repetition_penalty != 1.0 else None
+
+    def observe(self, tokens: object) -> None:
+        """Tell which tokens the text holds (prompt and generated); only the repetition penalty uses it."""
+        if self._seen is not None:
+            self._seen[np.asarray(tokens, np.int64)] = True
+
+    def choose(self, logits: np.ndarray, position: int) -> Choice:
+        """The token for `position` (number of tokens before it) from float32 logits [V]."""
+        scores = logits.astype(np.float64)
+        best = float(scores.max())
+        if not np.isfinite(best) or np.isnan(scores).any():
+            raise LawcatError("The model's output is not finite; run `lawcat-edge verify` on the bundle.")
+        raw = scores
+        if self._seen is not None:
+            penalty = self.options.repetition_penalty
+            seen = scores[self._seen]
+            scores = scores.copy()
+            scores[self._seen] = np.where(seen > 0, seen / penalty, seen * penalty)
+        token = int(scores.argmax()) if self.options.temperature == 0 else self._draw(scores, position)
+        if self.logprobs is None:
+            return Choice(token, float("nan"))
+        log_z = best + float(np.log(np.exp(raw - best).sum()))
+        top = _descending(raw, self.logprobs) if self.logprobs else np.empty(0, np.int64)
+        return Choice(token, float(raw[token]) - log_z, tuple((int(i), float(raw[i]) - log_z) for i in top))
+
+    def probabilities(self, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(token ids, probabilities) that remain after the filters, most likely first; ties by lower id."""
+        options = self.options
+        scaled = scores / max(options.temperature, 1e-6)
+        # min_p first: it needs no sorting and leaves few to sort.
+        if options.min_p > 0:
+            kept = np.flatnonzero(scaled >= scaled.max() + np.log(options.min_p))
+        else:
+            kept = np.arange(scaled.size)
+        count = kept.size if options.top_k == 0 else min(options.top_k, kept.size)
+        order = kept[_descending(scaled[kept], count)]
+        weights = np.exp(scaled[order] - scaled[order[0]])
+        if options.top_p < 1:
+            mass = np.cumsum(weights)
+            # Of the probability that top_k and min_p left, as the usual order of filters has it.
+            order = order[: int(np.searchsorted(mass, options.top_p * mass[-1], side="left")) + 1]
+            weights = weights[: order.size]
+        return order, weights / weights.sum()
+
+    def _draw(self, scores: np.ndarray, position: int) -> int:
+        tokens, probabilities = self.probabilities(scores)
+        self._generator.advance(position - self._drawn)
+        # random_raw, unlike Generator's methods, is fixed for ever by numpy's compatibility promise.
+        uniform = (int(self._generator.random_raw()) >> 11) * 2.0**-53
+        self._drawn = position + 1
+        cumulative = np.cumsum(probabilities)
+        index = int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"))
+        return int(tokens[min(index, tokens.size - 1)])
+
+
+def _descending(values: np.ndarray, count: int) -> np.ndarray:
+    """Indices of the `count` largest values, largest first, ties by lower index."""
+    if count < values.size // 4:
+        threshold = np.partition(values, values.size - count)[values.size - count]
+        candidates = np.flatnonzero(values >= threshold)
+        return candidates[np.argsort(-values[candidates], kind="stable")][:count]
+    return np.argsort(-values, kind="stable")[:count]

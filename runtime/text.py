@@ -1,0 +1,140 @@
+"""Text to tokens and back, piece by piece, without ever splitting a character or a stop string."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from lawcat_edge.runtime.errors import LawcatError
+
+_BROKEN = "\ufffd"  # what decoders put for bytes that are not (yet) a character
+_HOLD = 8  # tokens held back for the rest of a character before it is taken to be garbage
+
+
+class Tokenizer:
+    """A tokenizer.json through the `tokenizers` package."""
+
+    def __init__(self, data: bytes, vocab_size: int) -> None:
+        try:
+            from tokenizers import Tokenizer as Engine
+        except ImportError as error:
+            raise LawcatError("tokenizers is missing; install it with `pip install tokenizers`.") from error
+        try:
+            self._engine: Any = Engine.from_buffer(data)
+            self._engine.no_truncation()
+            self._engine.no_padding()
+        except BaseException as error:  # the package's own panics do not derive from Exception
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
+            raise LawcatError(
+                f"tokenizer.json is not a valid tokenizer ({str(error)[:120]}); export the bundle again."
+            ) from error
+        self.vocab_size = vocab_size
+
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """Token ids of `text`; special: let the tokenizer add its own begin and end tokens."""
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise LawcatError(
+                "The text holds broken characters (lone surrogates); save it as UTF-8."
+            ) from error
+        ids = list(self._engine.encode(text, add_special_tokens=special).ids)
+        if ids and max(ids) >= self.vocab_size:
+            raise LawcatError("tokenizer.json has more tokens than the model; export the bundle again.")
+        return ids
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        return str(self._engine.decode(list(ids), skip_special_tokens=skip_special))
+
+    def id_of(self, token: str) -> int | None:
+        found = self._engine.token_to_id(token)
+        return None if found is None else int(found)
+
+    def token(self, token_id: int) -> str:
+        """The token's own written form ('' for an id without one)."""
+        return self._engine.id_to_token(token_id) or ""
+
+
+class Detokenizer:
+    """Turns a stream of tokens into a stream of text; the parts joined equal the text of all tokens.
+
+    Text is the difference of decoding a short window of tokens with and without the new one, because a
+    token's text depends on its neighbours. While the window ends in an incomplete character nothing is given.
+    context: the tokens before the stream (the prompt's last ones); their text is not given out.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, skip_special: bool = True, context: Sequence[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special = skip_special
+        self._ids: list[int] = list(context[-_HOLD:])
+        self._done = len(self._ids)  # tokens at the front of the window whose text was given out
+
+    def push(self, token: int) -> str:
+        """The text that became certain with `token`; often empty."""
+        self._ids.append(token)
+        text = self._decode(self._ids)
+        if not text.endswith(_BROKEN):
+            return self._give(len(self._ids), text)
+        if len(self._ids) - self._done > _HOLD:
+            # Invalid bytes, not an unfinished character (at most three): give out what lies before a cut
+            # that no character crosses.
+            for cut in range(len(self._ids) - 3, self._done, -1):
+                head = self._decode(self._ids[:cut])
+                if head and text == head + self._decode(self._ids[cut:]):
+                    return self._give(cut, head)
+        return ""
+
+    def flush(self) -> str:
+        """The rest, at the end of the text; an unfinished character comes out as U+FFFD."""
+        return self._give(len(self._ids), self._decode(self._ids))
+
+    def _give(self, upto: int, text: str) -> str:
+        before = self._decode(self._ids[: self._done])
+        fresh = text[len(before) :] if text.startswith(before) else text
+        # Keep the last given tokens as the context that the next ones are decoded in; tokens without text
+        # (special ones) give no context, since some decoders strip a space at the very start.
+        if fresh or len(self._ids) > 64:
+            self._ids = self._ids[self._done :]
+            upto -= self._done
+        self._done = upto
+        return fresh
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids, self._skip_special) if ids else ""
+
+
+class StopStrings:
+    """Ends a stream at the first of `stops`, across any number of pieces; it is not given out itself."""
+
+    def __init__(self, stops: Iterable[str] = ()) -> None:
+        self.stops = tuple(stops)
+        if any(not stop or len(stop) > 1000 for stop in self.stops) or len(self.stops) > 64:
+            raise LawcatError("Stop strings must have 1 to 1000 characters, and at most 64 may be given.")
+        self.found: str | None = None
+        self._held = ""
+
+    def push(self, text: str) -> str:
+        """What can be given out now; sets ``found`` when a stop string is complete."""
+        if self.found is not None or not self.stops:
+            return "" if self.found is not None else text
+        text = self._held + text
+        # The one that is complete first wins: that does not depend on how the text was cut into pieces.
+        hits = [(at + len(stop), at, stop) for stop in self.stops if (at := text.find(stop)) >= 0]
+        if hits:
+            _, at, self.found = min(hits)
+            self._held = ""
+            return text[:at]
+        keep = 0
+        for stop in self.stops:
+            for size in range(min(len(stop) - 1, len(text)), keep, -1):
+                if text.endswith(stop[:size]):
+                    keep = size
+                    break
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def flush(self) -> str:
+        """What was held back in case it began a stop string."""
+        held, self._held = self._held, ""
+        return held
