@@ -11,6 +11,7 @@ import ctypes
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -84,24 +85,11 @@ def read_bytes(path: Path, limit: int) -> bytes:
 
 def parse_json(data: bytes, what: str, max_depth: int = MAX_JSON_DEPTH) -> Any:
     """JSON with a depth cap (checked before parsing), unique keys, and no NaN or infinity."""
+    # Before parsing: the standard parser recurses, and its RecursionError comes late and differs by version.
     depth = deepest = 0
-    in_string = escaped = False
-    # One pass over the bytes: the standard parser recurses, and its RecursionError comes late and varies.
-    for byte in data:
-        if in_string:
-            if escaped:
-                escaped = False
-            elif byte == 0x5C:
-                escaped = True
-            elif byte == 0x22:
-                in_string = False
-        elif byte == 0x22:
-            in_string = True
-        elif byte in b"[{":
-            depth += 1
-            deepest = max(deepest, depth)
-        elif byte in b"]}":
-            depth -= 1
+    for bracket in re.findall(rb"[\[\]{}]", re.sub(rb'"(?:[^"\\]|\\.)*"', b"", data, flags=re.DOTALL)):
+        depth += 1 if bracket in b"[{" else -1
+        deepest = max(deepest, depth)
     if deepest > max_depth:
         raise LawcatError(f"{what} is nested {deepest} levels deep; at most {max_depth} are allowed.")
     try:

@@ -135,7 +135,7 @@ class Model:
         """Answer a message, or a whole conversation; an iterator of text. Options: see the class.
 
         A text goes on with the last conversation, or in `context` (which may hold a document that was read).
-        A list of ``{"role", "content"}`` is the whole conversation; what the state has seen is not read again.
+        A list of ``{"role", "content"}`` is the whole conversation; what the state has seen is not re-read.
         system: the system prompt, at the start of a new conversation. Call ``reset`` to begin anew.
         """
         request = Request.of(**options)

@@ -1,0 +1,119 @@
+"""Is this bundle what was exported, and does it compute here what it computed there?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lawcat_edge.runtime.bundle import CHAT_TEMPLATE, TOKENIZER, Bundle, Parity
+from lawcat_edge.runtime.engine import Engine, State
+from lawcat_edge.runtime.errors import CheckFailed, LawcatError
+from lawcat_edge.runtime.template import ChatTemplate
+from lawcat_edge.runtime.text import Tokenizer
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was checked, and what was seen."""
+
+    name: str
+    detail: str
+
+
+def verify(
+    path: Path | str, threads: int | None = None, report: Callable[[Check], None] | None = None
+) -> list[Check]:
+    """Check hashes, sizes, tensors, tokenizer and template; load every graph; replay the parity vectors.
+
+    Returns what was checked; each is also given to `report` as it passes. Raises CheckFailed with the first
+    reason (LawcatError when `path` is no bundle at all).
+    """
+    done: list[Check] = []
+
+    def passed(name: str, detail: str) -> None:
+        done.append(Check(name, detail))
+        if report is not None:
+            report(done[-1])
+
+    if not Path(path).is_dir():
+        raise LawcatError(f"There is no bundle folder {path}; make one with `lawcat-edge export`.")
+    try:
+        bundle = Bundle.open(path)
+        manifest = bundle.manifest
+        passed("files", f"{len(manifest.files)} files, {bundle.bytes_on_disk:,} bytes, sha256 as recorded")
+        tensors = sum(graph.tensors for graph in bundle.graphs.values())
+        passed("tensors", f"{tensors} tensors of {len(bundle.graphs)} graphs lie within their files")
+        Tokenizer(bundle.read(TOKENIZER), manifest.vocab_size)
+        if bundle.has(CHAT_TEMPLATE):
+            ChatTemplate(bundle.read(CHAT_TEMPLATE, 1 << 20).decode("utf-8", "strict"))
+        passed("text", "tokenizer" + (" and chat template load" if bundle.has(CHAT_TEMPLATE) else " loads"))
+        if manifest.parity is None:
+            raise CheckFailed(f"{path} records no parity vectors to replay; export it again.")
+        for flavour in manifest.ops:
+            worst = replay(Engine(bundle, threads=threads, flavour=flavour), manifest.parity)
+            passed(
+                f"parity ({flavour})",
+                f"{len(manifest.parity.tokens)} tokens in {len(manifest.parity.pieces)} pieces: "
+                f"largest relative error {worst:.2e}, allowed {manifest.parity.bound:.2e}",
+            )
+    except CheckFailed:
+        raise
+    except (LawcatError, UnicodeDecodeError) as error:
+        raise CheckFailed(str(error)) from error
+    return done
+
+
+def replay(engine: Engine, parity: Parity) -> float:
+    """Feed the recorded tokens in their pieces to each graph; the largest relative error seen.
+
+    The last-position graph is compared where a recorded position ends a piece. Beyond the bound: CheckFailed.
+    """
+    worst = 0.0
+    expected = {
+        position: (np.asarray(ids), np.asarray(logits))
+        for position, ids, logits in zip(parity.positions, parity.top_ids, parity.top_logits, strict=True)
+    }
+    for all_positions in (False, True) if engine.has_all_positions else (False,):
+        state, at = engine.new_state(), 0
+        for piece in parity.pieces:
+            ids = np.asarray(parity.tokens[at : at + piece], np.int64)[None]
+            logits = engine.forward(ids, state, all_positions)
+            # [T,V] of this piece; the graph of the last position has only its last row.
+            rows = logits[0] if all_positions else logits
+            first = at if all_positions else at + piece - 1
+            for position in range(first, at + piece):
+                if position in expected:
+                    worst = max(
+                        worst, _compare(rows[position - first], *expected[position], parity, position)
+                    )
+            at += piece
+        _check_state(state)
+    return worst
+
+
+def _compare(got: np.ndarray, ids: np.ndarray, want: np.ndarray, parity: Parity, position: int) -> float:
+    scale = max(float(np.abs(want).max()), 1e-9)
+    error = float(np.abs(got[ids].astype(np.float64) - want).max()) / scale
+    # Written so that a NaN fails too.
+    if not error <= parity.bound:
+        raise CheckFailed(
+            f"The logits at position {position} differ from the recorded ones by {error:.2e} "
+            f"(allowed {parity.bound:.2e}); export the bundle again on this kind of machine."
+        )
+    others = np.delete(got, ids)
+    if others.size and float(others.max()) > float(want.max()) + 2 * parity.bound * scale:
+        raise CheckFailed(
+            f"At position {position} another token is the most likely; export the bundle again."
+        )
+    return error
+
+
+def _check_state(state: State) -> None:
+    for tensor, values in zip(state.tensors, state.arrays, strict=True):
+        if not np.isfinite(values).all():
+            raise CheckFailed(
+                f"The state {tensor.output} is not finite after the replay; export the bundle again."
+            )
