@@ -67,14 +67,14 @@ def load_weight(p_W, i_h, o_d, o_f, D: tl.constexpr, F: tl.constexpr):
 @triton.jit(do_not_specialize=["T", "NT"])
 def forward_kernel(
     p_x, p_taps, p_W, p_buffer, p_phi, T, NT, H: tl.constexpr, R: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
-    K: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, DT: tl.constexpr, IP: tl.constexpr,
+    K: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     i_h, i_t, i_b = pid % H, pid // H % NT, (pid // H // NT).to(tl.int64)
     o_d, o_f = tl.arange(0, BD), tl.arange(0, BF)
     t = i_t * ROWS + tl.arange(0, ROWS)
     y = convolve(p_x, p_taps, p_buffer, i_b, i_h, t, o_d, T, H, R, D, K, ROWS, BD)
-    logits = mm(y, load_weight(p_W, i_h, o_d, o_f, D, F), DT, IP)
+    logits = mm(y, load_weight(p_W, i_h, o_d, o_f, D, F), MODE)
     p = p_phi + (i_b * T * H + i_h) * 2 * F
     t = t.to(tl.int64)
     store_rows(p, softmax_rows(logits, o_f < F), t, t < T, H * 2 * F, o_f, F)
@@ -85,7 +85,7 @@ def forward_kernel(
 def backward_kernel(
     p_x, p_taps, p_W, p_buffer, p_dphi, p_dy, p_dW, p_dtaps, T, NT, tiles, share, H: tl.constexpr, R: tl.constexpr,
     D: tl.constexpr, F: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr,
-    BT: tl.constexpr, DT: tl.constexpr, IP: tl.constexpr,
+    BT: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
     """Over `share` tiles of one head: dy [B,T,H,D], and this program's part of dW [n,H,D,F], dtaps [n,H,D,K]."""
     i_h, i_n = tl.program_id(0), tl.program_id(1)
@@ -98,14 +98,14 @@ def backward_kernel(
         t = i % NT * ROWS + tl.arange(0, ROWS)
         t_wide = t.to(tl.int64)
         y = convolve(p_x, p_taps, p_buffer, i_b, i_h, t, o_d, T, H, R, D, K, ROWS, BD)
-        logits = mm(y, b_W, DT, IP)
+        logits = mm(y, b_W, MODE)
         p = p_dphi + (i_b * T * H + i_h) * 2 * F
         plus, minus = softmax_rows(logits, o_f < F), softmax_rows(-logits, o_f < F)
         d_plus = plus * load_rows(p, t_wide, t < T, H * 2 * F, o_f, F)
         d_minus = minus * load_rows(p + F, t_wide, t < T, H * 2 * F, o_f, F)
         dl = d_plus - plus * tl.sum(d_plus, 1)[:, None] - d_minus + minus * tl.sum(d_minus, 1)[:, None]
-        dW += mm(tl.trans(y), dl, DT, IP)
-        dy = mm(dl, tl.trans(b_W), DT, IP)
+        dW += mm(tl.trans(y), dl, MODE)
+        dy = mm(dl, tl.trans(b_W), MODE)
         store_rows(p_dy + (i_b * T * H + i_h) * D, dy, t_wide, t < T, H * D, o_d, D)
         for j in tl.static_range(K):
             x = load_shifted(p_x, p_buffer, i_b, i_h, t - (K - 1) + j, o_d, T, H, R, D, K)
@@ -186,11 +186,9 @@ class _ConvFeature(torch.autograd.Function):
                 "The Triton kernels take float32, bfloat16 or float16; use --backend torch for others."
             )
         x, taps, W, buffer = (a.contiguous() for a in (x, taps, W, buffer))
-        DT, IP = tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float32, "tf32"
-        if x.dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest":
-            IP = "tf32x3"
+        mode = "bf16" if x.dtype == torch.bfloat16 else "split"
         if not x.is_cuda:
-            IP = "interpreter"
+            mode = {"bf16": "round", "split": "exact"}[mode]
         NT = triton.cdiv(T, ROWS)
         phi = torch.empty(B, T, H, 2 * F, dtype=x.dtype, device=x.device)
         with torch.cuda.device_of(x):
@@ -210,12 +208,11 @@ class _ConvFeature(torch.autograd.Function):
                 ROWS,
                 _block(D),
                 _block(F),
-                DT,
-                IP,
+                mode,
                 num_warps=4,
             )
         ctx.save_for_backward(x, taps, W, buffer)
-        ctx.products = DT, IP
+        ctx.mode = mode
         return phi
 
     @staticmethod
@@ -237,7 +234,7 @@ class _ConvFeature(torch.autograd.Function):
         with torch.cuda.device_of(x):
             backward_kernel[(H, n)](
                 x, taps, W, buffer, dphi, dy, dW, dtaps, T, NT, tiles, share, H, H // G, D, F, K, ROWS, _block(D),
-                _block(F), triton.next_power_of_2(K), *ctx.products, num_warps=4,
+                _block(F), triton.next_power_of_2(K), ctx.mode, num_warps=4,
             )  # fmt: skip
             backward_x_kernel[(B * NT * G,)](
                 dy, taps, dx, T, NT, G, H // G, D, K, ROWS, _block(D), num_warps=4
