@@ -1,0 +1,131 @@
+"""``lawcat-edge info``: what a bundle or an adapter is, where it comes from, how large it is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lawcat_edge.runtime.errors import LawcatError
+
+
+def info(
+    model: Annotated[str, typer.Argument(help="Bundle or adapter folder.")],
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Say what MODEL is, where it comes from, its sizes and the size of its state.
+
+    Examples:
+
+      lawcat-edge info bundle
+
+      lawcat-edge info adapters/general --json
+    """
+    folder = Path(model)
+    if (folder / "lawcat_bundle.json").exists():
+        document = _bundle(folder)
+    elif (folder / "lawcat_config.json").exists():
+        document = _adapter(folder)
+    else:
+        raise LawcatError(
+            f"{model} is neither a bundle nor an adapter folder; make one with export or distill."
+        )
+    if json_:
+        print(json.dumps(document, ensure_ascii=False))
+    else:
+        _show(document)
+
+
+def _bundle(folder: Path) -> dict[str, Any]:
+    from lawcat_edge.runtime.bundle import Bundle
+
+    bundle = Bundle.open(folder, check_hashes=False)
+    manifest = bundle.manifest
+    parity = manifest.parity
+    return {
+        "kind": "bundle",
+        "name": manifest.name,
+        "created_by": manifest.created_by,
+        "sha256": bundle.sha256,
+        "source": manifest.source,
+        "scheme": manifest.scheme,
+        "ops": manifest.ops,
+        "min_onnxruntime": manifest.min_onnxruntime,
+        "lawcat": manifest.lawcat,
+        "geometry": manifest.geometry,
+        "state_bytes": manifest.state_bytes,
+        "bytes": bundle.bytes_on_disk,
+        "files": {name: entry["size"] for name, entry in manifest.files.items()},
+        "parity": None
+        if parity is None
+        else {
+            "tokens": len(parity.tokens),
+            "max_rel_err": parity.max_rel_err,
+            "kl": parity.kl,
+            "bound": parity.bound,
+        },
+    }
+
+
+def _adapter(folder: Path) -> dict[str, Any]:
+    from lawcat_edge.adapter import Adapter
+
+    adapter = Adapter.load(folder)
+    geometry, config = adapter.geometry.to_dict(), adapter.config.to_dict()
+    from lawcat_edge.runtime.bundle import expected_state
+
+    state = 0
+    for tensor in expected_state(geometry, config):
+        size = 4
+        for extent in tensor.shape:
+            size *= extent
+        state += size
+    return {
+        "kind": "adapter",
+        "name": folder.name,
+        "sha256": adapter.sha256,
+        "source": {"teacher": adapter.teacher, "teacher_sha256": adapter.teacher_sha256},
+        "lawcat": config,
+        "lora": adapter.lora,
+        "geometry": geometry,
+        "parameters": int(sum(tensor.size for tensor in adapter.tensors.values())),
+        "state_bytes": state,
+        "bytes": sum(path.stat().st_size for path in folder.iterdir() if path.is_file()),
+        "files": {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()},
+    }
+
+
+def _show(document: dict[str, Any]) -> None:
+    source, geometry, lawcat = document["source"], document["geometry"], document["lawcat"]
+    print(f"{document['kind']} {document['name']}")
+    print(f"  teacher   {source['teacher']} (sha256 {source['teacher_sha256'][:16]})")
+    if source.get("adapter_sha256"):
+        print(f"  adapter   sha256 {source['adapter_sha256'][:16]}")
+    print(
+        f"  model     {geometry.get('family', '?')}, {geometry['num_layers']} layers, width "
+        f"{geometry['hidden_size']:,}, {geometry['num_heads']} heads ({geometry['num_kv_heads']} key/value), "
+        f"vocabulary {geometry['vocab_size']:,}"
+    )
+    print(
+        f"  attention linear, features {2 * lawcat['feature_dim']}, convolution {lawcat['conv_kernel']}, "
+        f"window {lawcat.get('window', 0)}, rotary {'on' if lawcat.get('rope') else 'off'}"
+    )
+    if document["kind"] == "bundle":
+        print(f"  scheme    {document['scheme']}; graphs {', '.join(document['ops'])}; made by ", end="")
+        print(f"{document['created_by']}; needs onnxruntime {document['min_onnxruntime']}")
+        parity = document["parity"]
+        if parity and parity["max_rel_err"] == 0:
+            print("  against torch: not compared at export; `verify` replays its recorded logits")
+        elif parity:
+            print(
+                f"  against torch, {parity['tokens']} tokens: KL {parity['kl']:.2e}, "
+                f"largest relative error {parity['max_rel_err']:.2e}"
+            )
+    else:
+        print(f"  adds      {document['parameters']:,} parameters")
+    print(f"  state     {document['state_bytes'] / 1e6:.2f} MB a text, whatever its length")
+    print(f"  files     {document['bytes'] / 1e6:,.1f} MB")
+    for name, size in sorted(document["files"].items(), key=lambda item: -item[1]):
+        print(f"    {size:>14,}  {name}")
