@@ -1,6 +1,7 @@
 """Small stand-ins shared by the tests of data and evaluation: a byte-level tokenizer and some prose."""
 
 import functools
+from pathlib import Path
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
@@ -86,3 +87,27 @@ def metaspace_tokenizer() -> tokenizers.Tokenizer:
     tokenizer.train_from_iterator([prose(200), *TASK_TEXTS * 40], trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return tokenizer
+
+
+def save_teacher(path: Path) -> Path:
+    """A random two-layer Llama with the toy tokenizer, saved as a teacher's folder."""
+    import torch
+    import transformers
+
+    tokenizer = toy_tokenizer()
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        initializer_range=0.3,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(path)
+    tokenizer.save(str(path / "tokenizer.json"))
+    return path

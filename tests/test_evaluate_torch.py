@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from evaluation_toys import prose, toy_tokenizer
+from evaluation_toys import prose, save_teacher
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -23,24 +23,7 @@ from lawcat_edge.teacher import resolve  # noqa: E402
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random two-layer Llama with the toy tokenizer, saved as a teacher."""
-    path = tmp_path_factory.mktemp("teacher")
-    tokenizer = toy_tokenizer()
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=tokenizer.get_vocab_size(),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        initializer_range=0.3,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(path)
-    tokenizer.save(str(path / "tokenizer.json"))
-    return path
+    return save_teacher(tmp_path_factory.mktemp("teacher"))
 
 
 def models(folder: Path, chunk_tokens: int) -> list[StudentModel | TeacherModel]:

@@ -103,6 +103,9 @@ def eval(
     ] = None,
     adapter: Annotated[str | None, typer.Option(help="Adapter folder, when MODEL is a teacher.")] = None,
     reference: Annotated[str | None, typer.Option(help="Teacher to take KL against (perplexity).")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Longest answer; default 12 to 128 by task.", min=1)
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda (torch models).")] = "auto",
     threads: Annotated[int | None, typer.Option(help="Processor threads; default: all cores.")] = None,
     seconds: Annotated[float | None, typer.Option(help="Begin no further batch after this long.")] = None,
@@ -144,7 +147,16 @@ def eval(
     measured = open_model(model, adapter, device, threads)
     prose = _prose(task, sizes, text, measured, seed)
     report = run_task(
-        measured, task, sizes, samples, shares, seed, prose, deadline=deadline, on_cell=_progress
+        measured,
+        task,
+        sizes,
+        samples,
+        shares,
+        seed,
+        prose,
+        max_new_tokens,
+        deadline,
+        on_cell=_progress,
     )
     report.settings["prose"] = [Path(name).name for name in text] if text else ("sampled" if prose else None)
     if heatmap is not None:

@@ -1,0 +1,100 @@
+"""A bundle in onnxruntime is measured like the student it was exported from."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from evaluation_toys import prose, save_teacher
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from lawcat_edge.adapter import Adapter  # noqa: E402
+from lawcat_edge.commands.eval import eval as eval_command  # noqa: E402
+from lawcat_edge.commands.eval import open_model  # noqa: E402
+from lawcat_edge.config import LawcatConfig  # noqa: E402
+from lawcat_edge.evaluate.lm import BundleModel, greedy  # noqa: E402
+from lawcat_edge.evaluate.run import run_task  # noqa: E402
+from lawcat_edge.evaluate.torch_lm import StudentModel  # noqa: E402
+from lawcat_edge.export.exporter import export_bundle  # noqa: E402
+from lawcat_edge.model import load_student  # noqa: E402
+from lawcat_edge.runtime.errors import LawcatError  # noqa: E402
+from lawcat_edge.teacher import resolve  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A toy teacher, a random adapter of it, and the fp32 bundle of both."""
+    root = tmp_path_factory.mktemp("bundle")
+    places = {
+        "teacher": save_teacher(root / "teacher"),
+        "adapter": root / "adapter",
+        "bundle": root / "bundle",
+    }
+    teacher = resolve(places["teacher"])
+    model = load_student(teacher, config=LawcatConfig(feature_dim=4, gate_rank=2))
+    tensors = {name: value.detach().numpy() for name, value in model.adapter_parameters().items()}
+    Adapter(model.config, teacher.geometry, str(places["teacher"]), teacher.sha256, tensors).save(
+        places["adapter"]
+    )
+    adapter = Adapter.load(places["adapter"])
+    export_bundle(
+        teacher.weights(),
+        teacher.geometry,
+        adapter.config,
+        adapter,
+        places["bundle"],
+        scheme="fp32",
+        tokenizer_files=teacher.folder,
+        source={"teacher": teacher.name, "teacher_sha256": teacher.sha256, "adapter_sha256": adapter.sha256},
+    )
+    return places
+
+
+def both(places: dict[str, Path]) -> tuple[BundleModel, StudentModel]:
+    teacher = resolve(places["teacher"])
+    student = StudentModel.load(teacher, Adapter.load(places["adapter"]), device="cpu")
+    return BundleModel(places["bundle"]), student
+
+
+def test_bundle_and_student_say_the_same(places: dict[str, Path]) -> None:
+    bundle, student = both(places)
+    ids = np.random.default_rng(0).integers(0, 250, size=(3, 300))
+    assert greedy(bundle, ids, 16) == greedy(student, ids, 16)
+    exported = np.concatenate([chunk.copy() for chunk in bundle.logits(ids, 128)], axis=1)
+    expected = torch.cat(list(student.logits(ids, 128)), dim=1).numpy()
+    np.testing.assert_allclose(exported, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_reports_agree(places: dict[str, Path]) -> None:
+    bundle, student = (run_task(model, "passkey", [400], 4, seed=2) for model in both(places))
+    assert [sample.output for sample in bundle.samples] == [sample.output for sample in student.samples]
+    assert (bundle.kind, student.kind) == ("bundle", "student")
+
+
+def test_command_measures_a_bundle(
+    places: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "t.txt"
+    text.write_text(prose(300), encoding="utf-8")
+    measured = []
+    for name in ("bundle", "adapter"):
+        eval_command(
+            str(places[name]),
+            "perplexity",
+            "600",
+            2,
+            text=[str(text)],
+            reference=str(places["teacher"]),
+            json_=True,
+        )
+        measured.append(json.loads(capsys.readouterr().out))
+    assert [report["kind"] for report in measured] == ["bundle", "student"]
+    assert measured[0]["overall"]["perplexity"] == pytest.approx(
+        measured[1]["overall"]["perplexity"], rel=1e-4
+    )
+    assert measured[0]["overall"]["kl"] == pytest.approx(measured[1]["overall"]["kl"], rel=1e-3)
+    assert measured[0]["overall"]["kl"] > 0
+    with pytest.raises(LawcatError, match="leave --adapter out"):
+        open_model(str(places["bundle"]), str(places["adapter"]))
