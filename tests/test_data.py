@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from evaluation_toys import prose, toy_tokenizer
 
-from lawcat_edge.distill import data, readers
+from lawcat_edge.distill import corpus as corpora
+from lawcat_edge.distill import data, packing, readers
 from lawcat_edge.distill.corpus import TokenArray, separator_ids, sidecar_path
-from lawcat_edge.distill.data import parse_mix, permuted, sequences, token_sequences, tokenise_corpus
+from lawcat_edge.distill.data import parse_mix, sequences, token_sequences, tokenise_corpus
+from lawcat_edge.distill.packing import permuted
 from lawcat_edge.distill.readers import Part, expand, read_parts
 from lawcat_edge.runtime.errors import LawcatError
 
@@ -65,7 +67,7 @@ def test_long_document_comes_in_parts_that_join_to_it(
     assert [part.last for part in parts] == [False] * (len(parts) - 1) + [True]
     assert max(len(part.text) for part in parts) <= 500 + 64
     assert "".join(texts(tmp_path / "a.jsonl")) == whole
-    ids = np.concatenate([ids for _, ids in data.encode_parts(parts, toy_tokenizer())])
+    ids = np.concatenate([ids for _, ids in corpora.encode_parts(parts, toy_tokenizer())])
     assert ids[:-1].tolist() == toy_tokenizer().encode(whole).ids, "cutting must not change the tokens"
 
 
@@ -262,13 +264,13 @@ def test_tokenised_corpus_is_checked(corpus: Path, tmp_path: Path) -> None:
 
 
 def test_reader_memory_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "SHUFFLE_CHARACTERS", 1 << 18)
+    monkeypatch.setattr(packing, "SHUFFLE_CHARACTERS", 1 << 18)
     path = tmp_path / "big.txt"
     line = prose(40) + "\n"
     with open(path, "w", encoding="utf-8") as file:
         for i in range(12_000_000 // len(line)):
             file.write(line + "\f\n" * (i % 50 == 0))
-    source = data._TextFiles([str(path)], toy_tokenizer(), 64, 0, "all", 0.0, None)
+    source = packing.TextFiles([str(path)], toy_tokenizer(), 64, 0, "all", 0.0, None)
     tracemalloc.start()
     read = sum(len(part.text) for part in source._shuffled(0))
     peak = tracemalloc.get_traced_memory()[1]
