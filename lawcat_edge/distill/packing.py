@@ -1,4 +1,4 @@
-"""Sequences of exactly ``seq_len`` ids: out of text files as a stream, or out of tokenised arrays by index."""
+"""Sequences of exactly ``seq_len`` ids: from text files as a stream, or from tokenised arrays by index."""
 
 from __future__ import annotations
 
