@@ -42,6 +42,9 @@ class GraphBuilder:
         name = name or f"const_{value.dtype}_{'x'.join(map(str, value.shape))}_{digest}"
         return self._initializer(name, ir.Tensor(value, name=name))
 
+    def scalar(self, value: np.generic) -> ir.Value:
+        return self.constant(np.asarray(value))
+
     def _initializer(self, name: str, tensor: Any) -> ir.Value:
         if name not in self._initializers:
             self._initializers[name] = ir.Value(

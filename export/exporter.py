@@ -57,13 +57,13 @@ def export_bundle(
 
     weights: the teacher's, without low-rank updates (these are in the adapter and are merged here).
     adapter: ``.tensors`` and ``.lora``; None takes an untrained conversion, as distillation starts from.
-    tokenizer_files: folder with tokenizer.json (and the chat template, generation config where there are any).
+    tokenizer_files: folder with tokenizer.json (and chat template, generation config where there are any).
     source: {"teacher", "teacher_sha256", "adapter_sha256"} for the manifest.
-    reference: tokens [T] -> logits [T,V] of the torch student; without it the bundle is only checked to run.
+    reference: tokens [T] -> logits [T,V] of the torch student; without it the bundle is only run.
     progress: called with (what, done, total).
 
-    Raises CheckFailed when the bundle is further from the reference than the scheme allows, LawcatError for what
-    does not fit together. A killed export is taken up again by the next one with the same arguments.
+    Raises CheckFailed when the bundle is further from the reference than the scheme allows, LawcatError for
+    what does not fit together. A killed export is taken up again by the next one with the same arguments.
     """
     begun = time.perf_counter()
     scheme = load_scheme(scheme) if isinstance(scheme, str) else scheme
@@ -175,7 +175,7 @@ def untrained_tensors(geometry: Geometry, config: LawcatConfig, seed: int = 0) -
     def normal(std: float, *shape: int) -> np.ndarray:
         return generator.standard_normal(shape, np.float32) * np.float32(std)
 
-    tensors = {}
+    tensors: dict[str, np.ndarray] = {}
     for i in range(g.num_layers):
         new = {
             "conv_q": taps,

@@ -49,8 +49,8 @@ def token_ids(source: Path) -> dict[str, Any]:
 def genai_config(geometry: Geometry, config: LawcatConfig, tokens: dict[str, Any]) -> dict[str, Any]:
     """What onnxruntime-genai needs to run model.onnx as it is.
 
-    It has no notion of ``window_fill`` or of rotary inputs, so a bundle with a window or rotary linear branch runs
-    in this project's own runner only.
+    It has no notion of ``window_fill`` or of rotary inputs, so a bundle with a window or with a rotary linear
+    branch runs in this project's own runner only.
     """
     eos = tokens["eos"] or [0]
     return {

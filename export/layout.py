@@ -41,18 +41,18 @@ class Layout:
             "head": (g.vocab_size, g.hidden_size),
         }[product]
 
-    @property
-    def shared_table(self) -> bool:
-        tied = self.geometry.tie_embeddings
-        spec, head = self.scheme.embedding, self.scheme.products["head"]
-        return tied and products.shares_table(spec, head, self.geometry.hidden_size)
+    def spec(self, product: str) -> Product:
+        """The scheme's product; that of a tied head has a block that suits the embedding."""
+        spec, g = self.scheme.products[product], self.geometry
+        return spec.fitted(g.hidden_size) if product == "head" and g.tie_embeddings else spec
 
     @property
     def embedding_spec(self) -> Product:
-        """The scheme's, but float32 where the width is no multiple of its block."""
-        spec = self.scheme.embedding
-        fits = spec.kind == "fp32" or self.geometry.hidden_size % spec.block == 0
-        return spec if fits else Product("fp32")
+        return self.scheme.embedding.fitted(self.geometry.hidden_size)
+
+    @property
+    def shared_table(self) -> bool:
+        return self.geometry.tie_embeddings and products.same_table(self.embedding_spec, self.spec("head"))
 
     def has_bias(self, product: str) -> bool:
         return product == "qkv" or (product == "gate_up" and self.geometry.mlp_bias)
@@ -76,9 +76,7 @@ class Layout:
         g, prefix = self.geometry, f"layers.{i}."
         rows = {"qkv": self._qkv, "o": self._o, "gate_up": self._gate_up, "down": self._down}
         for product, make in rows.items():
-            products.store(
-                writer, self.scheme.products[product], prefix + product, make(i), *self.shape(product)
-            )
+            products.store(writer, self.spec(product), prefix + product, make(i), *self.shape(product))
         for name, value in self._small(i).items():
             writer.array(prefix + name, np.ascontiguousarray(value, np.float32))
         following = f"model.layers.{i + 1}.input_layernorm.weight"
@@ -180,9 +178,9 @@ class Layout:
 
 
 def table_view(writer: DataWriter, name: str) -> None:
-    """Let the embedding see the quantised table [V, blocks, bytes] as [V, blocks * bytes] at the same place."""
+    """Let the embedding see the table [V, blocks, bytes] as [V, blocks * bytes], at the same place."""
     whole = writer.tensors[name]
-    V, blocks, size = (int(n) for n in whole.shape)
+    V, blocks, size = whole.shape.numpy()
     view = ir.ExternalTensor(
         whole.location,
         whole.offset,

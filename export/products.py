@@ -1,8 +1,12 @@
 """The kinds of matrix product: how each stores its weights, and which nodes compute it.
 
-Weights arrive as blocks of rows [n, K] float32 (out-features first) and leave through the writer, so a product of
-any size needs the memory of a block, not of the matrix. ``int8`` below means symmetric, stored unsigned with the
-zero point 128 that MatMulNBits assumes.
+Weights arrive as blocks of rows [n, K] float32 (out-features first) and leave through the writer, so a
+product of any size needs the memory of a block, not of the matrix. 8-bit weights are symmetric, stored
+unsigned with the zero point 128 that MatMulNBits assumes.
+
+The ``dynamic`` product must be right on processors without VNNI too, where the fast u8 x s8 instruction adds
+two products in 16 bits with saturation. So its weights are unsigned (8 bits; the kernel widens first), or
+signed and within +-63 (7 bits): 2 * 255 * 63 = 32130 stays below 2^15.
 """
 
 from __future__ import annotations
@@ -31,15 +35,16 @@ def store(writer: DataWriter, spec: Product, name: str, rows: Rows, N: int, K: i
         writer.array(f"{name}.scales", np.concatenate(scales))
     else:
         # MatMulInteger wants [K, N], so this one matrix is transposed in memory, a byte a weight
-        weight, scale = np.empty((K, N), np.uint8), np.empty(N, np.float32)
-        at, high = 0, (1 << (spec.bits - 1)) - 1
+        signed = spec.bits == 7
+        weight, scale = np.empty((K, N), np.int8 if signed else np.uint8), np.empty(N, np.float32)
+        at, high, zero = 0, (1 << (spec.bits - 1)) - 1, 0 if signed else 128
         for block in rows:
             n = len(block)
             scale[at : at + n] = np.maximum(np.abs(block).max(1), 1e-30) / high
-            weight[:, at : at + n] = (np.rint(block / scale[at : at + n, None]) + 128).T
+            weight[:, at : at + n] = (np.rint(block / scale[at : at + n, None]) + zero).T
             at += n
         assert at == N, (name, at, N)
-        writer.array(f"{name}.u8", weight)
+        writer.array(f"{name}.{'s' if signed else 'u'}8", weight)
         writer.array(f"{name}.column_scales", scale)
 
 
@@ -48,7 +53,7 @@ def emit(
 ) -> ir.Value:
     """Nodes for x [..., K] times the stored weights (+ bias), named ``path``; returns [..., N]."""
     if spec.kind == "nbits":
-        inputs = [x, g.stored(f"{name}.q{spec.bits}"), g.stored(f"{name}.scales")]
+        inputs: list[ir.Value | None] = [x, g.stored(f"{name}.q{spec.bits}"), g.stored(f"{name}.scales")]
         if bias:
             inputs += [None, None, g.stored(bias)]
         attributes = {
@@ -62,23 +67,24 @@ def emit(
     if spec.kind == "fp32":
         y = g.node("FusedMatMul", [x, g.stored(f"{name}.weight")], path, MS, transB=1)
         return g.node("Add", [y, g.stored(bias)], f"{path}/bias") if bias else y
-    # Each row is divided by its largest entry, so one fixed scale serves all rows and no row depends on another.
+    # Each row is divided by its largest entry: one scale serves all rows, and no row depends on another.
     top = g.node("ReduceMax", [g.node("Abs", [x], f"{path}/abs"), _ints(g, [-1])], f"{path}/top", keepdims=1)
-    top = g.node("Max", [top, g.constant(np.float32(1e-30))], f"{path}/safe")
+    top = g.node("Max", [top, g.scalar(np.float32(1e-30))], f"{path}/safe")
     quantised = g.node(
         "QuantizeLinear",
-        [g.node("Div", [x, top], f"{path}/unit"), g.constant(np.float32(1 / 127)), g.constant(np.uint8(128))],
+        [g.node("Div", [x, top], f"{path}/unit"), g.scalar(np.float32(1 / 127)), g.scalar(np.uint8(128))],
         f"{path}/quantise",
     )
+    signed = spec.bits == 7
     y = g.node(
         "MatMulIntegerToFloat",
         [
             quantised,
-            g.stored(f"{name}.u8"),
-            g.constant(np.float32(1 / 127)),
+            g.stored(f"{name}.{'s' if signed else 'u'}8"),
+            g.scalar(np.float32(1 / 127)),
             g.stored(f"{name}.column_scales"),
-            g.constant(np.uint8(128)),
-            g.constant(np.uint8(128)),
+            g.scalar(np.uint8(128)),
+            g.scalar(np.int8(0) if signed else np.uint8(128)),
         ],
         f"{path}/product",
         MS,
@@ -87,12 +93,11 @@ def emit(
     return g.node("Add", [y, g.stored(bias)], f"{path}/bias") if bias else y
 
 
-def shares_table(embedding: Product, head: Product, width: int) -> bool:
-    """Whether one stored table can serve the embedding and the head."""
-    if embedding.kind == "fp32":
-        return head.kind == "fp32"
-    same = head.kind == "nbits" and (embedding.bits, embedding.block) == (head.bits, head.block)
-    return same and head.bits == 8 and width % head.block == 0
+def same_table(embedding: Product, head: Product) -> bool:
+    """Whether one stored table can serve the embedding and a tied head."""
+    if "fp32" in (embedding.kind, head.kind):
+        return embedding.kind == head.kind
+    return head.kind == "nbits" and (embedding.bits, embedding.block) == (head.bits, head.block)
 
 
 def emit_embedding(g: GraphBuilder, spec: Product, name: str, ids: ir.Value, V: int, D: int) -> ir.Value:
@@ -133,8 +138,8 @@ def quantise8(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def quantise4(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """values [..., block] -> two to a byte, low first, zero point 8, and scales [...].
 
-    The value of largest size takes the code 0 (-8), the end with one more step; then the scale is refitted by least
-    squares to the codes it gave, which costs nothing at run time.
+    The value of largest size takes the code 0 (-8), the end with one more step; then the scale is refitted by
+    least squares to the codes it gave, which costs nothing at run time.
     """
     at = np.abs(values).argmax(-1)[..., None]
     scale = np.take_along_axis(values, at, -1) / np.float32(-8)

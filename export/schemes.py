@@ -8,18 +8,19 @@
 A product is one of
 
     {"kind": "fp32"}
-    {"kind": "nbits", "bits": 8, "block": 32, "accuracy": 4}     MatMulNBits: blockwise weights, activations float
-                                                                 (accuracy 0) or int8 by block (accuracy 4)
-    {"kind": "dynamic", "bits": 8}                               MatMulInteger: weights by column, activations by row
+    {"kind": "nbits", "bits": 8, "block": 64, "accuracy": 4}
+        MatMulNBits: weights by block, 4 or 8 bits; activations float (accuracy 0) or int8 by block (4)
+    {"kind": "dynamic", "bits": 7}
+        MatMulInteger: weights by column (7 bits: signed, fast; 8: unsigned), activations int8 by row
 
-The embedding is ``fp32`` or ``nbits``; where it is tied to the head and both are of one kind, they share one table.
-Gates, convolution, feature maps, norms and the state are float32 in every scheme: error in them accumulates.
-The two bounds fail an export whose logits are further from torch's than that.
+The embedding is ``fp32`` or ``nbits``; where it is tied to the head and both are of one kind, they share one
+table. Gates, convolution, feature maps, norms and the state are float32 in every scheme: error in them
+accumulates. The two bounds fail an export whose logits are further from torch's than that.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,15 @@ class Product:
                 raise LawcatError(
                     f"{name} of a product must be one of {list(values)}, not {getattr(self, name)!r}."
                 )
+
+    def fitted(self, width: int) -> Product:
+        """The same with the largest block that divides width (a table of embeddings cannot be padded)."""
+        block = self.block
+        while self.kind == "nbits" and width % block:
+            if block == 16:
+                return Product("fp32")
+            block //= 2
+        return replace(self, block=block)
 
     def to_dict(self) -> dict[str, Any]:
         keys = {
@@ -121,8 +131,8 @@ def _table(
 
 
 _FP32 = Product("fp32")
-_INT8 = Product("nbits", 8, 32)
-_DYNAMIC = Product("dynamic")
+_INT8 = Product("nbits", 8, 64)
+_DYNAMIC = Product("dynamic", 7)
 
 SCHEMES = {
     "fp32": _table("fp32", _FP32, _FP32, _FP32, 1e-4, 1e-6),

@@ -1,15 +1,15 @@
 """One decoder layer in recurrent step form, as torch's exporter sees it: any T, state in and state out.
 
-The module holds no large weights. A linear layer is the placeholder node ``lawcat::Product`` (which product it
-becomes is decided later, by the scheme) and every small tensor is a named parameter that the stitcher replaces with
-that of the layer at hand. So the trace costs the same for 135 M and for 7 B parameters.
+The module holds no large weights. A linear layer is the placeholder node ``lawcat::Product`` (which product
+it becomes is decided later, by the scheme) and every small tensor is a named parameter that the stitcher
+replaces with that of the layer at hand. So the trace costs the same for 135 M and for 7 B parameters.
 
 Letters as in ``lawcat_edge.attention``. To keep the graph lean:
 
-- q, k, v and the gate's latent come from one product. Its bias makes two constant columns: the 1 that extends each
-  value, and a 1 beside the latent that carries the gate's bias through the second product.
-- q and k run as one tensor of 2H heads, channels first, through one convolution; the feature map is one batched
-  product with [W, -W], and one softmax.
+- q, k, v and the gate's latent come from one product. Its bias makes two constant columns: the 1 that
+  extends each value, and a 1 beside the latent that carries the gate's bias through the second product.
+- q and k run as one tensor of 2H heads, channels first, through one convolution; the feature map is one
+  batched product with [W, -W], and one softmax.
 - The gate's sign is folded into B: g = -softplus(-u) / divisor.
 """
 
@@ -58,6 +58,16 @@ def _ops(kind: str, inputs: list[Tensor | None], shapes: list[Any], **attrs: Any
 
 class StepLayer(nn.Module):
     """x, h -> x', h' and the new state: x is the residual stream, h its normed form."""
+
+    unit_gamma: Tensor
+    eps: Tensor
+    gate_scale: Tensor
+    head_repeat: Tensor
+    to_heads: Tensor
+    to_value_heads: Tensor
+    to_columns: Tensor
+    to_group_heads: Tensor
+    to_values: Tensor
 
     def __init__(self, geometry: Geometry, config: LawcatConfig) -> None:
         super().__init__()
@@ -109,22 +119,21 @@ class StepLayer(nn.Module):
     ) -> tuple[Tensor, ...]:
         """x, h [B,T,D]; states as in the graph contract; extra: rotary and window inputs by name."""
         g, c = self.geometry, self.config
-        H, G, d, f, D = g.num_heads, g.num_kv_heads, g.head_dim, c.feature_dim, g.hidden_size
+        H, G, d, D = g.num_heads, g.num_kv_heads, g.head_dim, g.hidden_size
         F, B, T = c.key_dim, x.shape[0], x.shape[1]
         w = self.widths
 
         projected = self.product("qkv", h, w.total)
+        # Without anything to do to q and k first, one Split gives whole heads
         plain = not (g.qk_norm or c.rope or c.window)
-        q_k, v_heads = [w.q, *[d] * G] if plain else [w.q + w.k], [d + 1] * G
-        pieces = torch.split(projected, [*q_k, *v_heads, w.latent], 2)
-        latent, v_heads = pieces[-1], pieces[len(q_k) : -1]
-        if plain:
-            q_k = pieces[: G + 1]
-        else:
-            qk = self.normed(pieces[0]) if g.qk_norm else pieces[0]
-            linear_qk = self.rotated(qk, extra) if c.rope else qk
-            q_k = torch.split(linear_qk, [w.q, *[d] * G], 2)
-        channels = torch.cat([q_k[0], *self.repeated(q_k[1:])], 2)
+        qk_widths = [w.q, *[d] * G] if plain else [w.q + w.k]
+        pieces = torch.split(projected, [*qk_widths, *[d + 1] * G, w.latent], 2)
+        qk_heads, v_heads, latent = pieces[: -G - 1], pieces[-G - 1 : -1], pieces[-1]
+        qk = pieces[0]
+        if not plain:
+            qk = self.normed(qk) if g.qk_norm else qk
+            qk_heads = torch.split(self.rotated(qk, extra) if c.rope else qk, [w.q, *[d] * G], 2)
+        channels = torch.cat([qk_heads[0], *self.repeated(qk_heads[1:])], 2)
 
         # Convolution and feature map: [B, channels, T] -> phi [B,T,2,H,F]
         conv, conv_present = _ops(
@@ -168,8 +177,10 @@ class StepLayer(nn.Module):
         return (x, h, *states)
 
     def repeated(self, heads: Sequence[Tensor]) -> list[Tensor]:
-        """Key/value heads, each as often as query heads share it. A Concat of whole heads costs a copy; a Gather of
-        columns would cost an index a number."""
+        """Key/value heads, each as often as query heads share it.
+
+        Joined by a Concat of whole heads: a Gather of columns was ten times slower in prefill.
+        """
         return [head for head in heads for _ in range(self.geometry.groups)]
 
     def normed(self, qk: Tensor) -> Tensor:
@@ -188,10 +199,10 @@ class StepLayer(nn.Module):
     def window(
         self, qk: Tensor, v: Sequence[Tensor], extra: dict[str, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """sigmoid(omega) [N_w, Z_w] as [B,T,H,d+1], and the keys and values to remember.
+        """sigmoid(omega) [N_w, Z_w] as [B,T,H,d+1], and keys and values to remember.
 
-        Keys are kept un-rotated and rotated at their place in the buffer: scores depend on distances alone, so
-        positions never grow, however long the text.
+        Keys are kept un-rotated and rotated at their place in the buffer: scores depend on distances alone,
+        so positions never grow, however long the text.
         """
         g, c = self.geometry, self.config
         H, G, d, past = g.num_heads, g.num_kv_heads, g.head_dim, c.window - 1
@@ -233,7 +244,7 @@ class StepLayer(nn.Module):
         return total, normed
 
     def reshape(self, x: Tensor, target: Tensor, shape: list[Any]) -> Tensor:
-        """One Reshape with a constant target (0 keeps a dimension): torch's own would compute it at run time."""
+        """One Reshape with a constant target (0 keeps a dimension), which torch's own would compute."""
         return _op("Reshape", [x, target], shape)
 
 
@@ -249,6 +260,8 @@ WINDOW_INPUTS = ("key_cos", "key_sin", "query_cos", "query_sin", "window_mask")
 class WindowInputs(nn.Module):
     """What all layers' windows share: rotary tables at local positions and the mask, from T and the fill."""
 
+    inv_freq: Tensor
+
     def __init__(self, geometry: Geometry, config: LawcatConfig) -> None:
         super().__init__()
         self.past = config.window - 1
@@ -257,9 +270,9 @@ class WindowInputs(nn.Module):
         self.register_buffer("inv_freq", inverse)
 
     def forward(self, input_ids: Tensor, window_fill: Tensor) -> tuple[Tensor, ...]:
-        """input_ids [B,T], window_fill [1] -> the tables and the mask by ``WINDOW_INPUTS``.
+        """input_ids [B,T], window_fill [1] -> tables and mask, as in ``WINDOW_INPUTS``.
 
-        key_cos, key_sin [P+T,d]; query_cos, query_sin [T,d], scaled by d^-1/2; window_mask [T,P+T], 0 or -inf.
+        key_cos, key_sin [P+T,d]; query_cos, query_sin [T,d], times d^-1/2; window_mask [T,P+T], 0 or -inf.
         """
         T, past = input_ids.shape[1], self.past
         slot = torch.arange(past + T)

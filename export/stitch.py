@@ -61,7 +61,7 @@ def stitch(
     if not all_positions:
         h = g.node("Gather", [h, g.constant(np.array([-1], np.int64))], "last", axis=1)
     head = "embedding" if layout.shared_table else "head"
-    logits = products.emit(g, layout.scheme.products["head"], head, h, V, D, None, "head")
+    logits = products.emit(g, layout.spec("head"), head, h, V, D, None, "head")
 
     g.output(logits, "logits", ["B", "T" if all_positions else 1, V])
     for tensor, value in zip(states, present, strict=True):
@@ -92,9 +92,7 @@ def instantiate(
             name, (N, K) = f"{prefix}.{kind}", layout.shape(kind)
             bias = f"{name}.bias" if layout.has_bias(kind) else None
             assert own[0] is not None
-            result = products.emit(
-                g, layout.scheme.products[kind], name, own[0], N, K, bias, f"{prefix}/{kind}"
-            )
+            result = products.emit(g, layout.spec(kind), name, own[0], N, K, bias, f"{prefix}/{kind}")
             values[node.outputs[0]] = result
             continue
         if node.op_type == "Constant":

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import json
 import logging
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import onnx_ir as ir
@@ -29,7 +31,22 @@ class Template:
 
 def trace_layer(geometry: Geometry, config: LawcatConfig) -> Template:
     """One decoder layer with B and T dynamic; see StepLayer.forward for inputs and outputs."""
-    g, c = geometry, config
+    return _trace_layer(*_key(replace(geometry, num_layers=1, vocab_size=1, sliding_window=None), config))
+
+
+def trace_window(geometry: Geometry, config: LawcatConfig) -> Template:
+    """The tables and the mask that all layers share when there is a window."""
+    return _trace_window(*_key(geometry, config))
+
+
+def _key(*settings: Geometry | LawcatConfig) -> list[str]:
+    return [json.dumps(part.to_dict(), sort_keys=True) for part in settings]
+
+
+# A trace takes seconds; several schemes of one model share it
+@functools.lru_cache(maxsize=8)
+def _trace_layer(geometry: str, config: str) -> Template:
+    g, c = Geometry.from_dict(json.loads(geometry)), LawcatConfig.from_dict(json.loads(config))
     B, T, P = 2, 3, c.window - 1
     module = StepLayer(g, c).eval()
     batch, tokens = torch.export.Dim("B"), torch.export.Dim("T")
@@ -68,9 +85,11 @@ def trace_layer(geometry: Geometry, config: LawcatConfig) -> Template:
     return Template(graph, frozenset(name for name, _ in module.named_parameters()))
 
 
-def trace_window(geometry: Geometry, config: LawcatConfig) -> Template:
-    """The tables and the mask that all layers share when there is a window."""
-    module = WindowInputs(geometry, config).eval()
+@functools.lru_cache(maxsize=8)
+def _trace_window(geometry: str, config: str) -> Template:
+    module = WindowInputs(
+        Geometry.from_dict(json.loads(geometry)), LawcatConfig.from_dict(json.loads(config))
+    ).eval()
     kwargs = {
         "input_ids": torch.zeros(2, 3, dtype=torch.int64),
         "window_fill": torch.zeros(1, dtype=torch.int64),

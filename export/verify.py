@@ -20,9 +20,11 @@ _POSITIONS = 16
 
 @dataclass(frozen=True)
 class Agreement:
-    """Bundle against reference. rel_err: max |difference| over the position's largest |logit|, the worst position.
+    """Bundle against reference.
 
-    kl: mean over positions of KL(reference || bundle), nats; top1: share of positions with the same best token.
+    rel_err: max |difference| over the largest |logit| of a position, the worst position.
+    kl: mean over positions of KL(reference || bundle), nats.
+    top1: share of positions with the same best token.
     """
 
     rel_err: float
@@ -67,8 +69,8 @@ def verify_folder(
 ) -> tuple[Parity, Agreement | None]:
     """Run the bundle in ``folder`` over the tokens; CheckFailed when it is too far from the reference.
 
-    The vectors in the returned Parity are the bundle's own logits, so that a device can be held to a tight bound
-    whatever the scheme costs; ``max_rel_err`` and ``kl`` in it are those against the reference.
+    The vectors in the returned Parity are the bundle's own logits, so that a device can be held to a tight
+    bound whatever the scheme costs; ``max_rel_err`` and ``kl`` in it are those against the reference.
     """
     ids = np.asarray(tokens, np.int64)
     pieces = cut(len(ids))
@@ -91,7 +93,7 @@ def verify_folder(
         if agreement.rel_err > max_rel_err or agreement.kl > max_kl:
             raise CheckFailed(
                 f"The exported model is too far from torch: relative error {agreement.rel_err:.2e} (bound "
-                f"{max_rel_err:g}), KL {agreement.kl:.2e} (bound {max_kl:g}); take a finer scheme, or --no-verify."
+                f"{max_rel_err:g}), KL {agreement.kl:.2e} (bound {max_kl:g}); take a finer scheme."
             )
     positions = sorted({int(p) for p in np.linspace(0, len(ids) - 1, _POSITIONS)})
     top = np.argsort(-got[positions], axis=1)[:, :_TOP]

@@ -1,8 +1,8 @@
 """The weights file, written once from front to back, and resumable.
 
-Tensors come in groups (a layer is one). When a group is on disk its tensors are noted in a journal beside the data;
-a killed export with the same fingerprint finds the journal, cuts the data behind the last whole group, and goes on
-from there.
+Tensors come in groups (a layer is one). When a group is on disk its tensors are noted in a journal beside the
+data; a killed export with the same fingerprint finds the journal, cuts the data behind the last whole group,
+and goes on from there.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class DataWriter:
         offset = -(-self._data.tell() // align) * align
         self._data.seek(offset)
         for chunk in chunks:
-            self._data.write(memoryview(np.ascontiguousarray(chunk)).cast("B"))
+            self._data.write(np.ascontiguousarray(chunk).reshape(-1).view(np.uint8).data)
         length = self._data.tell() - offset
         assert length == size, (name, length, size)
         entry = {"name": name, "dtype": dtype.name, "shape": shape, "offset": offset, "length": length}

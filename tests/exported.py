@@ -1,0 +1,54 @@
+"""Random small students and their bundles, for the tests of export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from tiny_teacher import make_teacher
+
+from lawcat_edge.config import LawcatConfig
+from lawcat_edge.export.exporter import export_bundle
+from lawcat_edge.model import LawcatModel, load_student
+from lawcat_edge.teacher import Teacher, resolve
+
+
+def make_student(
+    folder: Path, family: str = "llama", config: LawcatConfig | None = None, lora: int = 0, **changes: Any
+) -> tuple[Teacher, LawcatModel, SimpleNamespace]:
+    """A teacher, a student with every new parameter away from its start, and that as an adapter."""
+    teacher = resolve(make_teacher(folder, family, **changes))
+    config = config or LawcatConfig(feature_dim=8)
+    model = load_student(teacher, config=config)
+    if lora:
+        model.add_lora(lora, 16)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.adapter_parameters().values():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    tensors = {name: value.detach().numpy().copy() for name, value in model.adapter_parameters().items()}
+    return teacher, model, SimpleNamespace(config=config, tensors=tensors, lora=model.lora)
+
+
+def logits_of(model: LawcatModel, tokens: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
+        return model(torch.from_numpy(tokens)[None])[0][0].numpy()
+
+
+def make_bundle(
+    teacher: Teacher, model: LawcatModel, adapter: SimpleNamespace, out: Path, **options: Any
+) -> dict[str, Any]:
+    options = {"scheme": "fp32", "reference": lambda tokens: logits_of(model, tokens), **options}
+    return export_bundle(
+        teacher.weights(),
+        teacher.geometry,
+        adapter.config,
+        adapter,
+        out,
+        tokenizer_files=teacher.folder,
+        source={"teacher": teacher.name, "teacher_sha256": teacher.sha256},
+        **options,
+    )
