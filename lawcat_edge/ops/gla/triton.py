@@ -15,6 +15,7 @@ import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lawcat_edge.ops.backend import check_triton
 from lawcat_edge.ops.gla.triton_backward import delta_kernel, dkv_kernel, dq_kernel
 from lawcat_edge.ops.gla.triton_kernels import (
     cumsum_kernel,
@@ -23,10 +24,7 @@ from lawcat_edge.ops.gla.triton_kernels import (
     states_kernel,
     step_kernel,
 )
-from lawcat_edge.runtime.errors import LawcatError
 
-WIDEST = 128  # widest F and d: a state tile must fit in registers
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SEGMENTS: int | None = None  # set by tests, to cut a sequence where the machine would not
 
 
@@ -140,14 +138,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor, S0: Tensor | None, z0: Te
     assert (S0 is None) == (z0 is None)
     assert S0 is None or S0.shape == (B, H, F, D), S0.shape
     assert z0 is None or z0.shape == (B, H, F), z0.shape
-    if max(F, D) > WIDEST:
-        raise LawcatError(
-            f"The Triton kernels take feature and head widths up to {WIDEST}, not {max(F, D)}; "
-            "choose --backend torch."
-        )
-    for x in (q, k, v, g):
-        if x.dtype not in DTYPES:
-            raise LawcatError(f"The Triton kernels do not take {x.dtype}; choose --backend torch.")
+    check_triton(q, k, v, g)
     return _Dims(B, T, H, G, F, D)
 
 
@@ -175,7 +166,9 @@ class _Plan(NamedTuple):
 def products(*operands: Tensor) -> str:
     """How a kernel forms products of these: ``bf16`` operands, or each ``split`` into two."""
     low = all(x.dtype == torch.bfloat16 for x in operands)
-    medium = torch.get_float32_matmul_precision() == "medium" and torch.float16 not in {x.dtype for x in operands}
+    medium = torch.get_float32_matmul_precision() == "medium" and torch.float16 not in {
+        x.dtype for x in operands
+    }
     return "bf16" if low or medium else "split"
 
 
@@ -220,7 +213,12 @@ class _Run(NamedTuple):
         self._launch(x, y, weight, scale, starts, out, last, True)
 
     def segment_starts(
-        self, x: Tensor, y: Tensor, weight: Tensor | None, scale: Tensor | None, initial: tuple[Tensor, Tensor] | None
+        self,
+        x: Tensor,
+        y: Tensor,
+        weight: Tensor | None,
+        scale: Tensor | None,
+        initial: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, Tensor] | None:
         """The state every segment starts from, S [B,H,P,F,d] and z [B,H,P,F]; None where that is zero."""
         P = self.plan.P
@@ -253,7 +251,14 @@ class _Run(NamedTuple):
 class _Gla(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor, S0: Tensor | None, z0: Tensor | None, eps: float | None
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor,
+        S0: Tensor | None,
+        z0: Tensor | None,
+        eps: float | None,
     ) -> tuple[Tensor, ...]:
         dims = _check(q, k, v, g, S0, z0)
         B, T, H, G, F, D = dims
@@ -277,7 +282,9 @@ class _Gla(torch.autograd.Function):
             )  # fmt: skip
         ctx.dims, ctx.plan, ctx.eps = dims, plan, eps
         ctx.initial_dtypes = None if S0 is None or z0 is None else (S0.dtype, z0.dtype)
-        ctx.save_for_backward(q, k, v, g, *(starts or (None, None)), *((n, den) if eps is not None else (None, None)))
+        ctx.save_for_backward(
+            q, k, v, g, *(starts or (None, None)), *((n, den) if eps is not None else (None, None))
+        )
         ctx.set_materialize_grads(False)
         return (n, den, S, z) if eps is None else (n, S, z)
 
@@ -302,7 +309,9 @@ class _Gla(torch.autograd.Function):
             else:
                 scale, dden = torch.empty_like(den), torch.empty_like(den)
                 rows, BR = B * T * H, 32
-                delta_kernel[(triton.cdiv(rows, BR),)](dn, y, den, scale, dden, rows, ctx.eps, D, BR, _block(D))
+                delta_kernel[(triton.cdiv(rows, BR),)](
+                    dn, y, den, scale, dden, rows, ctx.eps, D, BR, _block(D)
+                )
             run = _Run.of(g, plan.launches["dq"].chunk, dims, plan)
             # The carry stays float32; its copies at the chunks are only operands, so they take the operands' type.
             copy = torch.bfloat16 if plan.mode in ("bf16", "round") else torch.float32

@@ -76,7 +76,9 @@ def dk_safe(
         rows, cols = (o_c // SUB == i_s) & (o_c < left), o_c < i_s * SUB
         b_r = b_q * tl.exp(tl.where(rows[:, None], b_b - start[None, :], float("-inf")))
         dA_s = tl.where(rows[:, None] & cols[None, :], dA, 0.0)
-        dk += mm(tl.trans(dA_s), b_r, MODE) * tl.exp(tl.where(cols[:, None], start[None, :] - b_b, float("-inf")))
+        dk += mm(tl.trans(dA_s), b_r, MODE) * tl.exp(
+            tl.where(cols[:, None], start[None, :] - b_b, float("-inf"))
+        )
     for t in range(0, SUB):
         o_t = (o_c // SUB) * SUB + t
         b_qt = load_rows(p_q, o_t, o_t < left, SQ, o_k, F)

@@ -1,0 +1,110 @@
+"""Triton's convolution with its feature map in the interpreter, against plain torch in float64."""
+
+import os
+import subprocess
+import sys
+
+if "triton" not in sys.modules:  # the interpreter is chosen when triton is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from triton.runtime.interpreter import InterpretedFunction
+
+from lawcat_edge.ops.conv import conv_feature
+from lawcat_edge.ops.conv.naive import conv_feature_naive
+from lawcat_edge.ops.conv.triton import conv_feature_triton, forward_kernel
+
+INTERPRETED = isinstance(forward_kernel, InterpretedFunction)
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own, below")
+RATIO = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this process interprets already")
+def test_this_file_in_a_process_that_interprets():
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    run = subprocess.run([sys.executable, "-m", "pytest", __file__], env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """Fresh memory holds NaN, so that an output left unwritten fails."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(torch.nan))
+    monkeypatch.setattr(torch, "empty_like", lambda x: torch.full(x.shape, torch.nan, dtype=x.dtype))
+
+
+def assert_close(name, ref, got, ratio):
+    assert got.shape == ref.shape, name
+    error = (got.double() - ref.double()).norm() / ref.double().norm().clamp_min(1e-30)
+    assert error < ratio, f"{name}: {error:.2e} is not below {ratio:.0e}"
+
+
+def inputs(T, H=2, G=1, d=16, f=8, K=4, B=1, dtype=torch.float32):
+    torch.manual_seed(T)
+    x, buffer = torch.randn(B, T, G, d), torch.randn(B, H * d, K - 1)
+    return x.to(dtype), torch.randn(H * d, K) / 2, torch.randn(H, d, f) * 2 / d**0.5, buffer.to(dtype)
+
+
+def compare(args, **ratio):
+    exact = [a.double().requires_grad_() for a in args]
+    mine = [a.clone().requires_grad_() for a in args]
+    ref, got = conv_feature_naive(*exact), conv_feature_triton(*mine)
+    weights = [torch.randn_like(o) for o in ref]
+    sum((o * w).sum() for o, w in zip(ref, weights, strict=True)).backward()
+    sum((o.double() * w).sum() for o, w in zip(got, weights, strict=True)).backward()
+    bound = RATIO[args[0].dtype]
+    for name, r, o in zip(("phi", "buffer"), ref, got, strict=True):
+        assert_close(name, r, o, bound)
+    for name, r, x in zip(("x", "taps", "W", "buffer"), exact, mine, strict=True):
+        assert_close(f"d{name}", r.grad, x.grad, bound)
+
+
+@interpreted
+@pytest.mark.parametrize("T", [1, 2, 3, 15, 16, 17, 63, 65, 130])
+def test_lengths(T):
+    compare(inputs(T, B=2))
+
+
+@interpreted
+@pytest.mark.parametrize(("d", "f"), [(16, 16), (24, 20), (64, 32), (128, 64), (80, 40)])
+def test_widths(d, f):
+    compare(inputs(19, d=d, f=f))
+
+
+@interpreted
+@pytest.mark.parametrize(("H", "G"), [(3, 3), (3, 1), (8, 1), (6, 2), (5, 5)])
+def test_heads_and_groups(H, G):
+    compare(inputs(18, H=H, G=G))
+
+
+@interpreted
+@pytest.mark.parametrize("K", [2, 3, 5])
+def test_kernel_widths(K):
+    compare(inputs(40, K=K))
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision(dtype):
+    compare(inputs(70, dtype=dtype))
+
+
+@interpreted
+@pytest.mark.parametrize("scale", [100.0, -100.0])
+def test_large_logits_stay_finite(scale):
+    x, taps, W, buffer = inputs(20)
+    phi, _ = conv_feature_triton(x * scale, taps, W, buffer)
+    assert_close("phi", conv_feature_naive(*(a.double() for a in (x * scale, taps, W, buffer)))[0], phi, 1e-4)
+
+
+@interpreted
+def test_the_dispatcher_starts_from_an_empty_buffer():
+    x, taps, W, _ = inputs(10)
+    phi, buffer = conv_feature(x, taps, W, backend="triton")
+    ref, after = conv_feature(x, taps, W, backend="torch")
+    assert_close("phi", ref, phi, 1e-6)
+    torch.testing.assert_close(after, buffer)
