@@ -24,8 +24,9 @@ def triton_available() -> bool:
 def choose(backend: str, tensor: Tensor) -> str:
     """``triton`` or ``torch`` for an operator whose first input is this tensor [..., width].
 
-    ``auto`` takes Triton on a CUDA device, for the types and widths its kernels hold, and torch elsewhere. On CPU
-    Triton runs only when asked for by name, in its interpreter (TRITON_INTERPRET=1), which is for tests.
+    ``auto`` takes Triton on a CUDA device, for the types and widths its kernels hold, and torch elsewhere.
+    On CPU Triton runs only when asked for by name, in its interpreter (TRITON_INTERPRET=1), which is for
+    tests.
     """
     if backend not in BACKENDS:
         raise LawcatError(f"Unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}.")

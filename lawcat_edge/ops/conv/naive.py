@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def causal_conv(x: Tensor, taps: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor]:
-    """x [B,T,C], taps [C,K], buffer [B,C,K-1] (oldest first) -> y [B,T,C] and the buffer after the last token."""
+    """x [B,T,C], taps [C,K], buffer [B,C,K-1] (oldest first) -> y [B,T,C], buffer after the last token."""
     T, K = x.shape[1], taps.shape[1]
     padded = torch.cat([buffer.to(x.dtype).transpose(1, 2), x], 1)
     y = padded[:, K - 1 :] * taps[:, K - 1]
@@ -28,7 +28,7 @@ def feature_map(x: Tensor, W: Tensor) -> Tensor:
 
 
 def conv_feature_naive(x: Tensor, taps: Tensor, W: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor]:
-    """x [B,T,G,d] with G dividing H, taps [H*d,K], W [H,d,f], buffer [B,H*d,K-1] -> phi [B,T,H,2f], buffer."""
+    """x [B,T,G,d], G divides H, taps [H*d,K], W [H,d,f], buffer [B,H*d,K-1] -> phi [B,T,H,2f], buffer."""
     H, d, _ = W.shape
     x = x.repeat_interleave(H // x.shape[2], 2).flatten(2)
     y, buffer = causal_conv(x, taps, buffer)

@@ -2,9 +2,9 @@
 
     x'_t = sum_j taps[:, j] * x_{t-K+1+j}        phi(x') = [softmax(x' W), softmax(-x' W)]
 
-The forward reads x and writes phi; x' and its logits never leave registers. The backward recomputes them, sums the
-gradients of taps and W over its share of the tokens in registers, and hands the gradient of x' to a second kernel,
-which gathers it into x over taps and over the query heads of a key/value head.
+The forward reads x and writes phi; x' and its logits never leave registers. The backward recomputes them,
+sums the gradients of taps and W over its share of the tokens in registers, and hands the gradient of x' to a
+second kernel, which gathers it into x over taps and over the query heads of a key/value head.
 
 Letters: B batch, T tokens, H heads, G heads of x (R = H/G), D head width, F half the feature width, K taps.
 """
@@ -34,7 +34,7 @@ def load_shifted(
     p_x, p_past, i_b, i_h, t0, shift, o_r, o_d, T, H: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
     K: tl.constexpr,
 ):  # fmt: skip
-    """x at times t0 + shift + o_r for head h: from past [B,K-1,H*D] where that is negative, zero from T on."""
+    """x at times t0 + shift + o_r for head h: from past [B,K-1,H*D] where negative, zero from T on."""
     G: tl.constexpr = H // R
     row = o_r + shift
     t = t0 + row
@@ -70,8 +70,8 @@ def load_weight(p_W, i_h, o_d, o_f, D: tl.constexpr, F: tl.constexpr):
 
 @triton.jit(do_not_specialize=["T", "NT"])
 def forward_kernel(
-    p_x, p_taps, p_W, p_past, p_phi, T, NT, H: tl.constexpr, R: tl.constexpr, D: tl.constexpr, F: tl.constexpr,
-    K: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, MODE: tl.constexpr,
+    p_x, p_taps, p_W, p_past, p_phi, T, NT, H: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
+    F: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     i_h, i_t, i_b = pid % H, pid // H % NT, (pid // H // NT).to(tl.int64)
@@ -86,11 +86,11 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=["T", "NT", "tiles", "share"])
 def backward_kernel(
-    p_x, p_taps, p_W, p_past, p_dphi, p_dy, p_dW, p_dtaps, T, NT, tiles, share, H: tl.constexpr, R: tl.constexpr,
-    D: tl.constexpr, F: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr,
+    p_x, p_taps, p_W, p_past, p_dphi, p_dy, p_dW, p_dtaps, T, NT, tiles, share, H: tl.constexpr,
+    R: tl.constexpr, D: tl.constexpr, F: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr,
     BT: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
-    """Over `share` tiles of one head: dy [B,T,H,D], and this program's part of dW [n,H,D,F], dtaps [n,H,D,K]."""
+    """Over `share` tiles of one head: dy [B,T,H,D], and its part of dW [n,H,D,F] and dtaps [n,H,D,K]."""
     i_h, i_n = tl.program_id(0), tl.program_id(1)
     o_d, o_f, o_j, o_r = tl.arange(0, BD), tl.arange(0, BF), tl.arange(0, BT), tl.arange(0, ROWS)
     b_W = load_weight(p_W, i_h, o_d, o_f, D, F)
@@ -143,10 +143,10 @@ def backward_x_kernel(
 
 
 def conv_feature_triton(x: Tensor, taps: Tensor, W: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor]:
-    """x [B,T,G,d], taps [H*d,K], W [H,d,f], buffer [B,H*d,K-1] -> phi [B,T,H,2f] in x's dtype, buffer after T.
+    """x [B,T,G,d], taps [H*d,K], W [H,d,f], buffer [B,H*d,K-1] -> phi [B,T,H,2f], buffer after T, in x's dtype.
 
-    Differentiable in all four. Sums are float32; the product with W takes bfloat16 operands when x is bfloat16, and
-    else splits each into two, as gla_triton does. d and f up to 128.
+    Differentiable in all four. Sums are float32; the product with W takes bfloat16 operands when x is
+    bfloat16, and else splits each into two, as gla_triton does. d and f up to 128.
     """
     return _ConvFeature.apply(x, taps, W, buffer), _next_buffer(x, buffer, W.shape[0] // x.shape[2])
 
@@ -189,7 +189,8 @@ class _ConvFeature(torch.autograd.Function):
         phi = torch.empty(B, T, H, 2 * F, dtype=x.dtype, device=x.device)
         with torch.cuda.device_of(x):
             forward_kernel[(B * NT * H,)](
-                x, taps, W, past, phi, T, NT, H, H // G, D, F, K, rows, _block(D), _block(F), mode, num_warps=warps
+                x, taps, W, past, phi, T, NT, H, H // G, D, F, K, rows, _block(D), _block(F), mode,
+                num_warps=warps,
             )  # fmt: skip
         ctx.save_for_backward(x, taps, W, past)
         ctx.mode = mode
@@ -214,8 +215,8 @@ class _ConvFeature(torch.autograd.Function):
         dx = torch.empty_like(x)
         with torch.cuda.device_of(x):
             backward_kernel[(H, n)](
-                x, taps, W, past, dphi, dy, dW, dtaps, T, NT, tiles, share, H, H // G, D, F, K, rows, _block(D),
-                _block(F), triton.next_power_of_2(K), ctx.mode, num_warps=warps, num_stages=1,
+                x, taps, W, past, dphi, dy, dW, dtaps, T, NT, tiles, share, H, H // G, D, F, K, rows,
+                _block(D), _block(F), triton.next_power_of_2(K), ctx.mode, num_warps=warps, num_stages=1,
             )  # fmt: skip
             backward_x_kernel[(B * NT * G,)](
                 dy, taps, dx, T, NT, G, H // G, D, K, rows, _block(D), num_warps=warps, num_stages=1

@@ -1,10 +1,11 @@
 """Normalised gated linear attention, chunked: the torch form used for training and prefill on any device.
 
-Within a chunk of 64 tokens, pairs are formed directly; between chunks, only the state travels. The one-level form
-q exp(b), k exp(-b) overflows once the summed log-decay of a chunk is large, so a chunk is cut into sub-chunks of
-16: pairs in different sub-chunks are rescaled at the row sub-chunk's start, where both exponents are <= 0, and
-pairs in the same sub-chunk use exp(b_t - b_j) as it stands. Where the summed decay of every chunk is mild
-(> -MILD), the one-level form is exact to rounding and several times faster, so it is used then.
+Within a chunk of 64 tokens, pairs are formed directly; between chunks, only the state travels. The one-level
+form q exp(b), k exp(-b) overflows once the summed log-decay of a chunk is large, so a chunk is cut into
+sub-chunks of 16: pairs in different sub-chunks are rescaled at the row sub-chunk's start, where both
+exponents are <= 0, and pairs in the same sub-chunk use exp(b_t - b_j) as it stands. Where the summed decay
+of every chunk is mild (> -MILD), the one-level form is exact to rounding and several times faster, so it is
+used then.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def gla_chunk(q: Tensor, k: Tensor, v: Tensor, g: Tensor, S0: Tensor, z0: Tensor
     """Shapes as in :func:`lawcat_edge.ops.gla.naive.gla_naive`; computes in float32 or wider."""
     out_dtype = q.dtype
     work = torch.promote_types(q.dtype, torch.float32)
-    B, T, H, K = q.shape
+    B, T, H, _ = q.shape
     repeat = H // v.shape[2]
     C = min(CHUNK, -(-T // SUB) * SUB)
     N = -(-T // C)

@@ -3,8 +3,8 @@
     S_t = exp(g_t) * S_{t-1} + k_t (x) v_t        z_t = exp(g_t) * z_{t-1} + k_t
     n_t = q_t^T S_t                               d_t = q_t . z_t
 
-(LAWCAT, arXiv 2509.18467; gated linear attention, arXiv 2312.06635.) Every pair (t, j) is formed explicitly with
-the decay exp(b_t - b_j), b the running sum of g, so nothing is rescaled and nothing can overflow.
+(LAWCAT, arXiv 2509.18467; gated linear attention, arXiv 2312.06635.) Every pair (t, j) is formed explicitly
+with the decay exp(b_t - b_j), b the running sum of g, so nothing is rescaled and nothing can overflow.
 Memory is O(T^2 F): small T only. Call it with float64.
 """
 
@@ -15,7 +15,9 @@ from torch import Tensor
 
 
 def gla_naive(q: Tensor, k: Tensor, v: Tensor, g: Tensor, S0: Tensor, z0: Tensor) -> tuple[Tensor, ...]:
-    """q, k [B,T,H,F], v [B,T,G,d], g [B,T,G,F], S0 [B,H,F,d], z0 [B,H,F] -> n [B,T,H,d], den [B,T,H], S, z."""
+    """q, k [B,T,H,F], v [B,T,G,d], g [B,T,G,F], S0 [B,H,F,d], z0 [B,H,F] -> n [B,T,H,d], den [B,T,H],
+    S, z.
+    """
     repeat = q.shape[2] // v.shape[2]
     v, g = v.repeat_interleave(repeat, 2), g.repeat_interleave(repeat, 2)
     T = q.shape[1]

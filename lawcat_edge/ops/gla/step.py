@@ -1,4 +1,4 @@
-"""Normalised gated linear attention, recurrent: one token after another. This is the form that is exported."""
+"""Normalised gated linear attention, recurrent: one token after another. This form is exported."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Normalised gated linear attention on Triton: launches and gradients. The mathematics is with the kernels.
 
-What a forward pass launches: chunk sums of the gate; where the sequence is cut into segments, their own updates and
-a scan over them; the outputs. A backward pass: chunk sums, the state before every chunk, the same walk backwards for
-the state's gradient, then dq, then dk, dv and dg.
+What a forward pass launches: chunk sums of the gate; where the sequence is cut into segments, their own
+updates and a scan over them; the outputs. A backward pass: chunk sums, the state before every chunk, the
+same walk backwards for the state's gradient, then dq, then dk, dv and dg.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class Launch(NamedTuple):
 
 
 # Chosen so that tiles fit in 255 registers a thread; (widest of F and d, products) -> kernel -> launch.
-# "states" of the forward pass take the chunk of "output", those of the backward pass the chunk of "dq" and "dkv".
+# "states" of the forward pass take the chunk of "output", those of the backward pass the chunk of "dq" and
+# "dkv".
 LAUNCHES: dict[tuple[int, str], dict[str, Launch]] = {
     (64, "bf16"): {
         "states": Launch(64, 4, 2),
@@ -99,8 +100,8 @@ def gla_step_triton(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """One token for every sequence, without gradients: (n, or y when eps is given; den; S; z).
 
-    q, k [B,1,H,F], v [B,1,G,d], g [B,1,G,F], S0 [B,H,F,d], z0 [B,H,F]. ``inplace`` writes S over S0, which must
-    then be contiguous float32; z is always new.
+    q, k [B,1,H,F], v [B,1,G,d], g [B,1,G,F], S0 [B,H,F,d], z0 [B,H,F]. ``inplace`` writes S over S0, which
+    must then be contiguous float32; z is always new.
     """
     B, T, H, G, F, D = _check(q, k, v, g, S0, z0)
     assert T == 1, T
@@ -182,7 +183,7 @@ def _block(width: int) -> int:
 
 
 class _Run(NamedTuple):
-    """The chunk sums b [B,T,G,F] at one size of chunk, which of the B*G*N chunks are mild, and what goes with them."""
+    """The sums b [B,T,G,F] over chunks of one size, which of the B*G*N chunks are mild, and the walks."""
 
     b: Tensor
     mild: Tensor
@@ -206,10 +207,10 @@ class _Run(NamedTuple):
         return S, torch.empty(B, H, n, F, dtype=torch.float32, device=self.b.device)
 
     def walk(
-        self, x: Tensor, y: Tensor, weight: Tensor | None, scale: Tensor | None, starts: tuple[Tensor, Tensor] | None,
-        out: tuple[Tensor, Tensor], last: tuple[Tensor, Tensor],
+        self, x: Tensor, y: Tensor, weight: Tensor | None, scale: Tensor | None,
+        starts: tuple[Tensor, Tensor] | None, out: tuple[Tensor, Tensor], last: tuple[Tensor, Tensor],
     ) -> None:  # fmt: skip
-        """states_kernel: from the segments' starts into the state at every chunk, `out`, and the last one, `last`."""
+        """states_kernel: from the segments' starts to the state at every chunk, `out`, and after all, `last`."""
         self._launch(x, y, weight, scale, starts, out, last, True)
 
     def segment_starts(
@@ -235,15 +236,15 @@ class _Run(NamedTuple):
         return S, z
 
     def _launch(
-        self, x: Tensor, y: Tensor, weight: Tensor | None, scale: Tensor | None, starts: tuple[Tensor, Tensor] | None,
-        out: tuple[Tensor, Tensor], last: tuple[Tensor, Tensor], each: bool,
+        self, x: Tensor, y: Tensor, weight: Tensor | None, scale: Tensor | None,
+        starts: tuple[Tensor, Tensor] | None, out: tuple[Tensor, Tensor], last: tuple[Tensor, Tensor], each: bool,
     ) -> None:  # fmt: skip
         B, T, H, G, F, D = self.dims
         BV, launch = min(64, _block(D)), self.plan.launches["states"]
         states_kernel[(B * H * self.plan.P, triton.cdiv(D, BV))](
-            x, y, x if weight is None else weight, x if scale is None else scale, self.b, *(starts or out), *out,
-            last[1], *last, T, self.N, self.plan.segment // self.chunk, self.plan.P, H, H // G, F, D, self.chunk,
-            _block(F), BV, weight is not None, each, starts is not None, scale is not None, self.plan.mode,
+            x, y, x if weight is None else weight, x if scale is None else scale, self.b, *(starts or out),
+            *out, last[1], *last, T, self.N, self.plan.segment // self.chunk, self.plan.P, H, H // G, F, D,
+            self.chunk, _block(F), BV, weight is not None, each, starts is not None, scale is not None, self.plan.mode,
             num_warps=launch.warps, num_stages=launch.stages,
         )  # fmt: skip
 
@@ -276,8 +277,9 @@ class _Gla(torch.autograd.Function):
             # split products need registers for two operands: half the columns at a time, the scores twice
             BV = min(_block(D), 128 if plan.mode in ("bf16", "round") else 64)
             output_kernel[(B * H * plan.P, triton.cdiv(D, BV))](
-                q, k, v, run.b, run.mild, *(starts or (S, z)), n, den, S, z, T, run.N, plan.segment // run.chunk, plan.P,
-                eps or 0.0, H, H // G, F, D, run.chunk, _block(F), BV, starts is not None, eps is not None, plan.mode,
+                q, k, v, run.b, run.mild, *(starts or (S, z)), n, den, S, z, T, run.N,
+                plan.segment // run.chunk, plan.P, eps or 0.0, H, H // G, F, D, run.chunk, _block(F), BV,
+                starts is not None, eps is not None, plan.mode,
                 num_warps=launch.warps, num_stages=launch.stages,
             )  # fmt: skip
         ctx.dims, ctx.plan, ctx.eps = dims, plan, eps
@@ -313,7 +315,7 @@ class _Gla(torch.autograd.Function):
                     dn, y, den, scale, dden, rows, ctx.eps, D, BR, _block(D)
                 )
             run = _Run.of(g, plan.launches["dq"].chunk, dims, plan)
-            # The carry stays float32; its copies at the chunks are only operands, so they take the operands' type.
+            # The carry stays float32; its copies at the chunks are operands, and take the operands' type.
             copy = torch.bfloat16 if plan.mode in ("bf16", "round") else torch.float32
             before, after, initial = run.states(run.N, copy), run.states(run.N, copy), run.states(1)
             run.walk(k, v, None, None, None if S_start is None else (S_start, z_start), before, run.states(1))
@@ -324,12 +326,12 @@ class _Gla(torch.autograd.Function):
             factor = q if scale is None else scale
             for safe in (False, True):
                 dq_kernel[(B * G * run.N,)](
-                    q, k, v, run.b, run.mild, *before, dn, dden, factor, dq, qdq, T, run.N, *common, safe, plan.mode,
-                    num_warps=plan.launches["dq"].warps, num_stages=plan.launches["dq"].stages,
+                    q, k, v, run.b, run.mild, *before, dn, dden, factor, dq, qdq, T, run.N, *common, safe,
+                    plan.mode, num_warps=plan.launches["dq"].warps, num_stages=plan.launches["dq"].stages,
                 )  # fmt: skip
                 dkv_kernel[(B * G * run.N,)](
-                    q, k, v, run.b, run.mild, *before, *after, dn, dden, factor, qdq, dk, dv, dg, T, run.N, *common, safe,
-                    plan.mode, num_warps=plan.launches["dkv"].warps, num_stages=plan.launches["dkv"].stages,
+                    q, k, v, run.b, run.mild, *before, *after, dn, dden, factor, qdq, dk, dv, dg, T, run.N,
+                    *common, safe, plan.mode, num_warps=plan.launches["dkv"].warps, num_stages=plan.launches["dkv"].stages,
                 )  # fmt: skip
         if ctx.initial_dtypes is None:
             return dq, dk, dv, dg, None, None, None

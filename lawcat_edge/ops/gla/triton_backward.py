@@ -1,11 +1,11 @@
 """Triton kernels of the gradient of normalised gated linear attention.
 
-With S'_t the state and D_t the gradient of the loss by it, carried backwards by D_{t-1} = exp(g_t) D_t + q_t (x) dn_t:
+With S'_t the state and D_t the gradient of the loss by it, D_{t-1} = exp(g_t) D_t + q_t (x) dn_t:
     dq_t = S_t dn_t + z_t dden_t      dk_t = D_t v_t + dz_t      dv_t = D_t^T k_t
-Every chunk is done on its own once the state before it and the gradient after it are known, by one program for all
-query heads of a key/value head, so that dv and dg are summed in registers. Two kernels, dq and then the rest, since
-both together do not fit in registers; each is built twice, for chunks of mild decay and for the others (SAFE), and
-a program whose chunk is of the other kind returns at once.
+Every chunk is done on its own once the state before it and the gradient after it are known, by one program
+for all query heads of a key/value head, so that dv and dg are summed in registers. Two kernels, dq and then
+the rest, since both together do not fit in registers; each is built twice, for chunks of mild decay and for
+the others (SAFE), and a program whose chunk is of the other kind returns at once.
 
 The gate: b_t stands with q_t and -b_j with k_j, so within a chunk
     dg_t = sum_{s>=t} (q dq - k dk)_s + exp(end) sum_d (D S)(end of chunk) .

@@ -1,12 +1,12 @@
-"""Triton kernels of normalised gated linear attention: chunk sums of the gate, states, outputs, one decoding step.
+"""Triton kernels of normalised gated linear attention: chunk sums, states, outputs, one decoding step.
 
     S_t = exp(g_t) * S_{t-1} + k_t (x) v_t        z_t = exp(g_t) * z_{t-1} + k_t
     n_t = q_t^T S_t                               den_t = q_t . z_t
 
-The sequence is cut into chunks of C tokens and the chunks into P segments. One program walks a segment with the
-state in registers, so that no state per chunk goes to memory: first every segment sums its own update, then a scan
-carries the state from segment to segment, then every segment is walked again with its true start and writes
-outputs. The normaliser z is a vector of its own beside S.
+The sequence is cut into chunks of C tokens and the chunks into P segments. One program walks a segment with
+the state in registers, so that no state per chunk goes to memory: first every segment sums its own update,
+then a scan carries the state from segment to segment, then every segment is walked again with its true start
+and writes outputs. The normaliser z is a vector of its own beside S.
 
 Letters: B batch, T tokens, H query heads, G key/value heads, R = H/G, F key width, D value width, N chunks.
 p_ pointer, b_ loaded block, o_ offsets, m_ mask, i_ index. b is the running sum of g within its chunk.
@@ -18,18 +18,18 @@ import triton
 import triton.language as tl
 
 SUB = tl.constexpr(16)
-# Largest |b| in a chunk for which q exp(b) and k exp(-b) may be formed on their own: exp(60) squared is still finite
-# in float32 and in bfloat16, and rounding is relative, so nothing is lost.
+# Largest |b| in a chunk for which q exp(b) and k exp(-b) may be formed on their own: exp(60) squared is
+# still finite in float32 and in bfloat16, and rounding is relative, so nothing is lost.
 MILD = tl.constexpr(60.0)
 
 
 @triton.jit
 def mm(a, b, MODE: tl.constexpr):
-    """a @ b summed in float32, from operands rounded to bfloat16 (``bf16``) or split into two bfloat16 (``split``).
+    """a @ b summed in float32, each operand rounded to bfloat16 (``bf16``) or split into two (``split``).
 
-    The split keeps 16 bits of each operand at any scale, for float32 and float16 inputs: as TF32, but 32 times finer,
-    and its three products cost less than twice one of TF32. ``round`` and ``exact`` stand in for them in the
-    interpreter, whose dot knows no bfloat16.
+    The split keeps 16 bits of each operand at any scale, for float32 and float16 inputs: as TF32, but 32
+    times finer, and its three products cost less than twice one of TF32. ``round`` and ``exact`` stand in
+    for them in the interpreter, whose dot knows no bfloat16.
     """
     if MODE == "exact":
         y = tl.dot(a, b, input_precision="ieee")
@@ -76,11 +76,12 @@ def scores_safe(
     p_q, p_k, p_b, left, o_k, SK: tl.constexpr, SB: tl.constexpr, F: tl.constexpr, C: tl.constexpr,
     MODE: tl.constexpr,
 ):  # fmt: skip
-    """A[t, j] = sum_f q_tf k_jf exp(b_tf - b_jf), j <= t, for any decay: no exponent above zero is ever formed.
+    """A[t, j] = sum_f q_tf k_jf exp(b_tf - b_jf), j <= t, for any decay: no exponent is ever above zero.
 
-    Rows of sub-chunk I against all columns before it are rescaled at b just before I; pairs within a sub-chunk take
-    their exponent as it stands, one column of every sub-chunk at a time. Rows past the end have b = 0 and are
-    masked before exp. Reads q and k afresh: this path is rare, and the common one needs the registers.
+    Rows of sub-chunk I against all columns before it are rescaled at b just before I; pairs within a
+    sub-chunk take their exponent as it stands, one column of every sub-chunk at a time. Rows past the end
+    have b = 0 and are masked before exp. Reads q and k afresh: this path is rare, and the common one needs
+    the registers.
     """
     o_c = tl.arange(0, C)
     b_q = load_rows(p_q, o_c, o_c < left, SK, o_k, F)
@@ -128,10 +129,11 @@ def states_kernel(
     """Walk one segment of L chunks with the state alone.
 
     Forward: x = k [B,T,H,F], y = v [B,T,G,D]: S <- exp(end) S + (k exp(end - b))^T v.
-    REVERSE: x = q, y = dn [B,T,H,D] (times scale [B,T,H] if SCALED), weight = dden [B,T,H]; the gradient of the
-    state: S <- exp(end) S + (q exp(b))^T y, last chunk first.
-    EACH: start from S0 [B*H*P,F,D], write the state met by every chunk to S [B*H*N,F,D], and the segment that comes
-    last writes Send. Otherwise start from zero and write the segment's sum and its log-decay to S [B*H*P,F,D].
+    REVERSE: x = q, y = dn [B,T,H,D] (times scale [B,T,H] if SCALED), weight = dden [B,T,H]; the gradient of
+    the state: S <- exp(end) S + (q exp(b))^T y, last chunk first.
+    EACH: start from S0 [B*H*P,F,D], write the state met by every chunk to S [B*H*N,F,D], and the segment
+    that comes last writes Send. Otherwise start from zero and write the segment's sum and its log-decay to S
+    [B*H*P,F,D].
     """
     pid, i_v = tl.program_id(0), tl.program_id(1)
     i_p, i_bh = pid % P, (pid // P).to(tl.int64)
@@ -225,7 +227,9 @@ def output_kernel(
     H: tl.constexpr, R: tl.constexpr, F: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
     BV: tl.constexpr, HAS_INIT: tl.constexpr, NORMALISED: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
-    """Walk one segment from its true start: n [B,T,H,D] (or y = n / (den + eps)), den [B,T,H], final S and z."""
+    """Walk one segment from its true start: n [B,T,H,D] (y = n / (den + eps) if NORMALISED), den [B,T,H],
+    final S and z.
+    """
     pid, i_v = tl.program_id(0), tl.program_id(1)
     i_p, i_bh = pid % P, (pid // P).to(tl.int64)
     i_b, i_h = i_bh // H, i_bh % H
@@ -278,7 +282,7 @@ def step_kernel(
     p_q, p_k, p_v, p_g, p_S0, p_z0, p_n, p_den, p_S, p_z, eps, H: tl.constexpr, R: tl.constexpr,
     F: tl.constexpr, D: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, NORMALISED: tl.constexpr,
 ):  # fmt: skip
-    """One token for every sequence and head. S may be S0 itself: each program reads its own part before writing."""
+    """One token for every sequence and head. S may be S0 itself: a program reads its part, then writes it."""
     i_bh, i_v = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i_kv = i_bh // H * (H // R) + i_bh % H // R
     o_k, o_v = tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
