@@ -188,7 +188,8 @@ class LawcatAttention(nn.Module):
         qs = F.pad(q.transpose(1, 2), (0, 0, 0, N * c - T)).reshape(B, G, H // G, N, c, d)
         qs = rotate_pairs(qs, cos[past:], sin[past:])
         keys = rotate_pairs(keys, cos, sin)
-        scores = torch.einsum("bghnid,bgnjd->bghnij", qs, keys).float() * d**-0.5
+        scores = torch.einsum("bghnid,bgnjd->bghnij", qs, keys) * d**-0.5
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         i = torch.arange(c, device=q.device)[:, None]
         j = torch.arange(c + past, device=q.device)
         band = (j >= i) & (j <= i + past)  # [c, c+w-1]

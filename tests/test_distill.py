@@ -38,12 +38,13 @@ def run(folder, name, settings, **options):
 
 def test_both_stages_learn_and_write_a_whole_adapter(folder):
     records = []
-    changes = {"transfer_tokens": 64 * 100, "finetune_tokens": 64 * 60, "window": 0, "lr_new": 3e-3}
+    changes = {"transfer_tokens": 64 * 100, "finetune_tokens": 64 * 60, "window": 0}
+    changes |= {"lr_lora": 1e-2, "ce_weight": 1.0, "kl_weight": 0.0}
     settings = SMALL.with_changes(changes)
     adapter = run(folder, "learn", settings, report=records.append)
-    for stage in ("transfer", "finetune"):
+    for stage, share in (("transfer", 0.8), ("finetune", 0.9)):
         losses = [r["loss"] for r in records if r["stage"] == stage]
-        assert np.mean(losses[-8:]) < 0.8 * np.mean(losses[:4]), stage
+        assert np.mean(losses[-8:]) < share * np.mean(losses[:4]), stage
     loaded = Adapter.load(folder / "learn")
     assert loaded.sha256 == adapter.sha256
     assert loaded.lora == {"rank": 8, "alpha": 16.0}
