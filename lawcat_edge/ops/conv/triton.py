@@ -71,7 +71,8 @@ def load_weight(p_W, i_h, o_d, o_f, D: tl.constexpr, F: tl.constexpr):
 @triton.jit(do_not_specialize=["T", "NT"])
 def forward_kernel(
     p_x, p_taps, p_W, p_past, p_phi, T, NT, H: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
-    F: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, MODE: tl.constexpr,
+    F: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr,
+    MODE: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     i_h, i_t, i_b = pid % H, pid // H % NT, (pid // H // NT).to(tl.int64)
@@ -87,8 +88,8 @@ def forward_kernel(
 @triton.jit(do_not_specialize=["T", "NT", "tiles", "share"])
 def backward_kernel(
     p_x, p_taps, p_W, p_past, p_dphi, p_dy, p_dW, p_dtaps, T, NT, tiles, share, H: tl.constexpr,
-    R: tl.constexpr, D: tl.constexpr, F: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr,
-    BT: tl.constexpr, MODE: tl.constexpr,
+    R: tl.constexpr, D: tl.constexpr, F: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
+    BD: tl.constexpr, BF: tl.constexpr, BT: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
     """Over `share` tiles of one head: dy [B,T,H,D], and its part of dW [n,H,D,F] and dtaps [n,H,D,K]."""
     i_h, i_n = tl.program_id(0), tl.program_id(1)
@@ -143,7 +144,8 @@ def backward_x_kernel(
 
 
 def conv_feature_triton(x: Tensor, taps: Tensor, W: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor]:
-    """x [B,T,G,d], taps [H*d,K], W [H,d,f], buffer [B,H*d,K-1] -> phi [B,T,H,2f], buffer after T, in x's dtype.
+    """x [B,T,G,d], taps [H*d,K], W [H,d,f], buffer [B,H*d,K-1]
+    -> phi [B,T,H,2f] and the next buffer, in x's dtype.
 
     Differentiable in all four. Sums are float32; the product with W takes bfloat16 operands when x is
     bfloat16, and else splits each into two, as gla_triton does. d and f up to 128.

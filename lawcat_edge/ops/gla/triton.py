@@ -210,7 +210,7 @@ class _Run(NamedTuple):
         self, x: Tensor, y: Tensor, weight: Tensor | None, scale: Tensor | None,
         starts: tuple[Tensor, Tensor] | None, out: tuple[Tensor, Tensor], last: tuple[Tensor, Tensor],
     ) -> None:  # fmt: skip
-        """states_kernel: from the segments' starts to the state at every chunk, `out`, and after all, `last`."""
+        """states_kernel: from the segments' starts to every chunk's state, `out`, and after all, `last`."""
         self._launch(x, y, weight, scale, starts, out, last, True)
 
     def segment_starts(
@@ -237,15 +237,16 @@ class _Run(NamedTuple):
 
     def _launch(
         self, x: Tensor, y: Tensor, weight: Tensor | None, scale: Tensor | None,
-        starts: tuple[Tensor, Tensor] | None, out: tuple[Tensor, Tensor], last: tuple[Tensor, Tensor], each: bool,
+        starts: tuple[Tensor, Tensor] | None, out: tuple[Tensor, Tensor],
+        last: tuple[Tensor, Tensor], each: bool,
     ) -> None:  # fmt: skip
         B, T, H, G, F, D = self.dims
         BV, launch = min(64, _block(D)), self.plan.launches["states"]
         states_kernel[(B * H * self.plan.P, triton.cdiv(D, BV))](
             x, y, x if weight is None else weight, x if scale is None else scale, self.b, *(starts or out),
             *out, last[1], *last, T, self.N, self.plan.segment // self.chunk, self.plan.P, H, H // G, F, D,
-            self.chunk, _block(F), BV, weight is not None, each, starts is not None, scale is not None, self.plan.mode,
-            num_warps=launch.warps, num_stages=launch.stages,
+            self.chunk, _block(F), BV, weight is not None, each, starts is not None,
+            scale is not None, self.plan.mode, num_warps=launch.warps, num_stages=launch.stages,
         )  # fmt: skip
 
 
@@ -331,7 +332,8 @@ class _Gla(torch.autograd.Function):
                 )  # fmt: skip
                 dkv_kernel[(B * G * run.N,)](
                     q, k, v, run.b, run.mild, *before, *after, dn, dden, factor, qdq, dk, dv, dg, T, run.N,
-                    *common, safe, plan.mode, num_warps=plan.launches["dkv"].warps, num_stages=plan.launches["dkv"].stages,
+                    *common, safe, plan.mode,
+                    num_warps=plan.launches["dkv"].warps, num_stages=plan.launches["dkv"].stages,
                 )  # fmt: skip
         if ctx.initial_dtypes is None:
             return dq, dk, dv, dg, None, None, None
