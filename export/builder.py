@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+from onnx import helper
 
 MS = "com.microsoft"
 
@@ -33,19 +34,35 @@ class GraphBuilder:
 
     def stored(self, name: str) -> ir.Value:
         """A tensor of the weights file."""
-        return self._initializer(name, self._tensors[name])
+        return self.initializer(name, self._tensors[name])
+
+    def view(self, name: str, shape: list[int], dtype: ir.DataType | None = None) -> ir.Value:
+        """A stored tensor under another shape (and type): the same bytes, not a copy and not a Reshape."""
+        whole = self._tensors[name]
+        other = f"{name}.as_{'x'.join(map(str, shape))}"
+        tensor = ir.ExternalTensor(
+            whole.location,
+            whole.offset,
+            whole.length,
+            dtype or whole.dtype,
+            shape=ir.Shape(shape),
+            name=other,
+            base_dir=whole.base_dir,
+        )
+        return self.initializer(other, tensor)
 
     def constant(self, value: np.ndarray, name: str | None = None) -> ir.Value:
         """A small tensor inside the graph file; equal ones are one."""
         value = np.asarray(value)
         digest = hashlib.sha1(value.tobytes(), usedforsecurity=False).hexdigest()[:16]
         name = name or f"const_{value.dtype}_{'x'.join(map(str, value.shape))}_{digest}"
-        return self._initializer(name, ir.Tensor(value, name=name))
+        return self.initializer(name, ir.Tensor(value, name=name))
 
     def scalar(self, value: np.generic) -> ir.Value:
         return self.constant(np.asarray(value))
 
-    def _initializer(self, name: str, tensor: Any) -> ir.Value:
+    def initializer(self, name: str, tensor: Any) -> ir.Value:
+        """The initialiser of this name, made from ``tensor`` on first use."""
         if name not in self._initializers:
             self._initializers[name] = ir.Value(
                 name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor
@@ -68,13 +85,17 @@ class GraphBuilder:
         self.nodes.append(node)
         return node.outputs[0] if outputs == 1 else tuple(node.outputs)
 
-    def model(self, opset_imports: dict[str, int]) -> ir.Model:
+    def model(self, opset_imports: dict[str, int], keep: set[str | None] | None = None) -> ir.Model:
+        """keep: names of the initialisers to write; default all."""
         graph = ir.Graph(
             self.inputs,
             self.outputs,
             nodes=self.nodes,
-            initializers=list(self._initializers.values()),
+            initializers=[v for v in self._initializers.values() if keep is None or v.name in keep],
             opset_imports=opset_imports,
             name="lawcat",
         )
-        return ir.Model(graph, ir_version=10, producer_name="lawcat-edge")
+        # Runtimes refuse a file format newer than they know, so write the oldest that holds these operators
+        known = [helper.make_opsetid("", opset_imports[""])]
+        ir_version = helper.find_min_ir_version_for(known)
+        return ir.Model(graph, ir_version=ir_version, producer_name="lawcat-edge")

@@ -8,8 +8,8 @@ import json
 import os
 import shutil
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,12 @@ import onnx_ir as ir
 
 from lawcat_edge.config import LawcatConfig
 from lawcat_edge.export.extras import copy_tokenizer, genai_config, token_ids
-from lawcat_edge.export.layout import Layout, table_view
+from lawcat_edge.export.flavours import rewrite
+from lawcat_edge.export.layout import Layout
 from lawcat_edge.export.schemes import Scheme, load_scheme
 from lawcat_edge.export.stitch import stitch
 from lawcat_edge.export.trace import trace_layer, trace_window
-from lawcat_edge.export.verify import Reference, verify_folder
+from lawcat_edge.export.verify import Agreement, Reference, verify_folder
 from lawcat_edge.export.writer import JOURNAL, DataWriter
 from lawcat_edge.families import Geometry
 from lawcat_edge.runtime.bundle import MANIFEST, Manifest, expected_state, write_manifest
@@ -31,8 +32,10 @@ from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.runtime.files import FileLock, atomic_folder, write_json
 from lawcat_edge.weights import MergedWeights, WeightSource, check_shapes
 
-FLAVOURS = ("ort",)
+FLAVOURS = ("ort", "onnx", "portable")
+CHUNK = 32  # tokens of the portable graph of fixed length
 VERIFY_TOKENS = 128
+_MIN_ONNXRUNTIME = {"ort": "1.25.1", "onnx": "1.32.0", "portable": "1.17.0"}
 Progress = Callable[[str, int, int], None]
 
 
@@ -98,18 +101,21 @@ def export_bundle(
             geometry=geometry.to_dict(),
             scheme=scheme.name,
             ops=list(ops),
-            graphs={"ort": {"last": "model.onnx", "all": "model_all.onnx"}},
+            graphs={flavour: graph_files(flavour) for flavour in ops},
             state=expected_state(geometry.to_dict(), config.to_dict()),
             tokens=tokens,
+            min_onnxruntime=min((_MIN_ONNXRUNTIME[op] for op in ops), key=_numbers),
         )
         write_manifest(staging, manifest)
-        agreement = None
+        measured: dict[str, Agreement | None] = {}
         if verify:
             report("verify", 0, 1)
             ids = verify_tokens if verify_tokens is not None else sample_tokens(geometry)
-            manifest.parity, agreement = verify_folder(
-                staging, ids, reference, scheme.max_rel_err, scheme.max_kl
-            )
+            for flavour in ops:
+                parity, measured[flavour] = verify_folder(
+                    staging, ids, reference, scheme.max_rel_err, scheme.max_kl, flavour
+                )
+                manifest.parity = manifest.parity or parity
             write_manifest(staging, manifest)
         sizes = {path.name: path.stat().st_size for path in staging.iterdir()}
         with atomic_folder(out, MANIFEST) as final:
@@ -127,9 +133,9 @@ def export_bundle(
         "nodes_per_layer": nodes,
         "state_bytes": manifest.state_bytes,
         "seconds": round(time.perf_counter() - begun, 2),
-        "rel_err": agreement.rel_err if agreement else None,
-        "kl": agreement.kl if agreement else None,
-        "top1": agreement.top1 if agreement else None,
+        "parity": {
+            flavour: asdict(agreement) if agreement else None for flavour, agreement in measured.items()
+        },
     }
 
 
@@ -144,25 +150,33 @@ def _store(layout: Layout, folder: Path, fingerprint: str, report: Progress) -> 
             report("weights", i + 1, total)
         writer.group("head", lambda: layout.store_head(writer))
         report("weights", total, total)
-        spec = layout.embedding_spec
-        if spec.kind == "nbits":
-            table_view(writer, f"embedding.q{spec.bits}")
         return writer.tensors
 
 
 def _write_graphs(
     layout: Layout, folder: Path, tensors: Mapping[str, ir.ExternalTensor], ops: Sequence[str]
-) -> float:
-    """Both graphs; returns the mean number of nodes a layer."""
+) -> dict[str, float]:
+    """The graphs of every flavour; returns the mean number of nodes a layer of each."""
     layer = trace_layer(layout.geometry, layout.config)
     window = trace_window(layout.geometry, layout.config) if layout.config.window else None
-    count = 0
-    for file, all_positions in (("model.onnx", False), ("model_all.onnx", True)):
-        model = stitch(layout, tensors, layer, window, all_positions)
-        ir.save(model, folder / file)
-        per_layer = Counter((node.name or "").split("/")[0] for node in model.graph)
-        count = sum(n for key, n in per_layer.items() if key.startswith("layers."))
-    return round(count / layout.geometry.num_layers, 2)
+    counts = {}
+    for kind in ("last", "all"):
+        model = stitch(layout, tensors, layer, window, all_positions=kind == "all")
+        for flavour in ops:
+            variant = model if flavour == "ort" else rewrite(model, flavour, tensors)
+            ir.save(variant, folder / graph_files(flavour)[kind])
+            layers = sum((node.name or "").startswith("layers.") for node in variant.graph)
+            counts[flavour] = round(layers / layout.geometry.num_layers, 2)
+        if kind == "last" and "portable" in ops:
+            for name, tokens in (("step", 1), ("chunk", CHUNK)):
+                ir.save(rewrite(model, "portable", tensors, tokens), folder / f"model_portable_{name}.onnx")
+    return counts
+
+
+def graph_files(flavour: str) -> dict[str, str]:
+    """File of each graph of a flavour; the first flavour has the plain names that other tools expect."""
+    stem = "model" if flavour == "ort" else f"model_{flavour}"
+    return {"last": f"{stem}.onnx", "all": f"{stem}_all.onnx"}
 
 
 def untrained_tensors(geometry: Geometry, config: LawcatConfig, seed: int = 0) -> dict[str, np.ndarray]:
@@ -245,6 +259,10 @@ def _readable_errors(out: Path) -> Any:
     except OSError as error:
         reason = error.strerror or str(error)
         raise LawcatError(f"Cannot write {out}: {reason}; make room or choose another folder.") from error
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(part) for part in version.split(".")]
 
 
 def _version() -> str:

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import onnx_ir as ir
 
 from lawcat_edge.config import LawcatConfig
 from lawcat_edge.export import products
@@ -175,19 +174,3 @@ class Layout:
     def _check(name: str, value: np.ndarray) -> None:
         if not np.isfinite(value).all():
             raise LawcatError(f"{name} holds NaN or infinity; take other weights.")
-
-
-def table_view(writer: DataWriter, name: str) -> None:
-    """Let the embedding see the table [V, blocks, bytes] as [V, blocks * bytes], at the same place."""
-    whole = writer.tensors[name]
-    V, blocks, size = whole.shape.numpy()
-    view = ir.ExternalTensor(
-        whole.location,
-        whole.offset,
-        whole.length,
-        whole.dtype,
-        shape=ir.Shape([V, blocks * size]),
-        name=f"{name}.table",
-        base_dir=whole.base_dir,
-    )
-    writer.tensors[f"{name}.table"] = view

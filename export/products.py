@@ -105,7 +105,7 @@ def emit_embedding(g: GraphBuilder, spec: Product, name: str, ids: ir.Value, V: 
     if spec.kind == "fp32":
         return g.node("Gather", [g.stored(f"{name}.weight"), ids], "embedding", axis=0)
     # Same bytes as the head's [V, blocks, block]: a second view of them, not a copy and not a Reshape
-    table = g.stored(f"{name}.q{spec.bits}.table")
+    table = g.view(f"{name}.q{spec.bits}", [V, D * spec.bits // 8])
     inputs = [table, ids, g.stored(f"{name}.scales")]
     attributes = {"bits": spec.bits, "block_size": spec.block, "gather_axis": 0, "quantize_axis": 1}
     return g.node("GatherBlockQuantized", inputs, "embedding", MS, **attributes)

@@ -92,7 +92,7 @@ def test_extreme_gates(tmp_path: Path) -> None:
         bias.copy_(torch.linspace(-200, 20, len(bias)))
     adapter.tensors["layers.0.gate_bias"] = bias.detach().numpy().copy()
     report = make_bundle(teacher, model, adapter, tmp_path / "b")
-    assert report["rel_err"] < 3e-5
+    assert report["parity"]["ort"]["rel_err"] < 3e-5
 
 
 def test_batch_of_texts(tmp_path: Path) -> None:
@@ -114,8 +114,8 @@ def test_batch_of_texts(tmp_path: Path) -> None:
 def test_quantised_bundles(tmp_path: Path, scheme: str, rel_err: float, kl: float, tied: bool) -> None:
     teacher, model, adapter = make_student(tmp_path / "t", hidden_size=96, tie_word_embeddings=tied)
     report = make_bundle(teacher, model, adapter, tmp_path / "b", scheme=scheme)
-    assert 1e-5 < report["rel_err"] < rel_err, report
-    assert 1e-9 < report["kl"] < kl, report
+    assert 1e-5 < report["parity"]["ort"]["rel_err"] < rel_err, report
+    assert 1e-9 < report["parity"]["ort"]["kl"] < kl, report
 
 
 def _manifest_size(folder: Path) -> int:

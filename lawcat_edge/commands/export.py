@@ -73,11 +73,12 @@ def export(
     print(
         f"{report['bundle']}: {report['bytes'] / 1e6:,.1f} MB ({report['scheme']}) in {report['seconds']} s"
     )
-    if report["kl"] is not None:
-        print(
-            f"against torch: relative error {report['rel_err']:.1e}, KL {report['kl']:.1e}, "
-            f"same best token {report['top1']:.1%}"
-        )
+    for flavour, parity in report["parity"].items():
+        if parity is not None:
+            print(
+                f"{flavour} against torch: relative error {parity['rel_err']:.1e}, KL {parity['kl']:.1e}, "
+                f"same best token {parity['top1']:.1%}"
+            )
 
 
 def _reference(source: Any, adapter: Any) -> Any:

@@ -1,0 +1,301 @@
+"""The same graph in other operators, over the same weights file.
+
+``ort`` is what the stitcher makes: com.microsoft operators, onnxruntime from 1.25.1. The others are made from
+it node by node:
+
+- ``onnx``: standard operators of opset 27 alone, for interchange.
+- ``portable``: operators of opset 17 alone, for runtimes without either (onnxruntime from 1.17). The linear
+  attention becomes its recurrence for one token, or its quadratic form over the T tokens of a call, where
+  memory grows with T^2: feed it at most 64 tokens at once. Weights in blocks are dequantised when the model
+  is loaded; integer products there come from the scheme ``int8-dynamic``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from lawcat_edge.export.builder import GraphBuilder
+
+OPSETS = {"onnx": 27, "portable": 17}
+Values = list[ir.Value | None]
+
+
+def rewrite(
+    model: ir.Model, flavour: str, tensors: Mapping[str, ir.ExternalTensor], tokens: int | None = None
+) -> ir.Model:
+    """A new model in the operators of ``flavour``; ``tokens`` fixes B = 1 and T = tokens."""
+    rewriter = _Rewriter(GraphBuilder(tensors), flavour, tokens)
+    return rewriter.run(model)
+
+
+class _Rewriter:
+    """One pass over the nodes. A rule is a method ``on_<operator>``; other nodes are copied."""
+
+    def __init__(self, g: GraphBuilder, flavour: str, tokens: int | None) -> None:
+        self.g, self.flavour, self.tokens = g, flavour, tokens
+        self.values: dict[ir.Value, ir.Value] = {}
+        self._mask: tuple[ir.Value, ir.Value] | None = None
+
+    def run(self, model: ir.Model) -> ir.Model:
+        g = self.g
+        fixed = {} if self.tokens is None else {"B": 1, "T": self.tokens}
+
+        def shape_of(value: ir.Value) -> list[int | str]:
+            assert value.shape is not None
+            names = [dim if isinstance(dim, int) else str(dim.value) for dim in value.shape]
+            return [fixed.get(dim, dim) if isinstance(dim, str) else dim for dim in names]
+
+        for value in model.graph.inputs:
+            assert value.dtype is not None
+            assert value.name
+            self.values[value] = g.input(value.name, value.dtype, shape_of(value))
+        for name, value in model.graph.initializers.items():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                self.values[value] = g.initializer(name, value.const_value)
+            else:
+                assert value.const_value is not None
+                self.values[value] = g.constant(value.const_value.numpy(), name)
+        for node in model.graph:
+            own = [None if value is None else self.values[value] for value in node.inputs]
+            rule: Callable[..., Any] | None = getattr(self, f"on_{node.op_type}", None)
+            attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+            outputs = rule(own, attributes, node.name or "") if rule else None
+            if outputs is None:
+                outputs = self._copy(node, own, attributes)
+            for old, new in zip(node.outputs, outputs, strict=False):
+                self.values[old] = new
+        for value in model.graph.outputs:
+            assert value.name
+            g.output(self.values[value], value.name, shape_of(value))
+        used = {value.name for node in g.nodes for value in node.inputs if value is not None}
+        return g.model({"": OPSETS[self.flavour]}, keep=used)
+
+    def _copy(self, node: ir.Node, own: Values, attributes: dict[str, Any]) -> list[ir.Value]:
+        assert not node.domain, f"no rule for {node.domain}::{node.op_type}"
+        result = self.g.node(
+            node.op_type, own, node.name or "", outputs=len(node.outputs), **_plain(attributes)
+        )
+        return [result] if len(node.outputs) == 1 else list(result)
+
+    def _do(self, op: str, inputs: Values, path: str, what: str, **attributes: Any) -> Any:
+        return self.g.node(op, inputs, f"{path}/{what}", **attributes)
+
+    def _ints(self, *values: int) -> ir.Value:
+        return self.g.constant(np.array(values, np.int64))
+
+    def _float(self, value: float) -> ir.Value:
+        return self.g.constant(np.array(value, np.float32))
+
+    # -- products --------------------------------------------------------------------------------------------
+
+    def on_FusedMatMul(self, own: Values, attributes: dict[str, Any], path: str) -> list[ir.Value]:  # noqa: N802
+        assert attributes == {"transB": 1}, attributes
+        weight = self._do("Transpose", [own[1]], path, "weight", perm=[1, 0])
+        return [self._do("MatMul", [own[0], weight], path, "product")]
+
+    def on_MatMulNBits(self, own: Values, attributes: dict[str, Any], path: str) -> list[ir.Value]:  # noqa: N802
+        g, N, K, bits, block = self.g, *(attributes[k] for k in ("N", "K", "bits", "block_size"))
+        weights, scale_table = _name(own[1]), _name(own[2])
+        blocks = -(-K // block)
+        scales = g.view(scale_table, [N, blocks, 1])
+        if self.flavour == "onnx":
+            dtype = ir.DataType.UINT8 if bits == 8 else ir.DataType.UINT4
+            codes = g.view(weights, [N, blocks, block], dtype)
+            filled = ir.Tensor(np.array([1 << (bits - 1)], np.uint8))
+            zero = self._do("ConstantOfShape", [self._ints(N, blocks, 1)], path, "zero8", value=filled)
+            if bits == 4:
+                zero = self._do("Cast", [zero], path, "zero4", to=dtype)
+            weight = self._do(
+                "DequantizeLinear", [codes, scales, zero], path, "weight", axis=2, block_size=block
+            )
+        else:
+            codes = self._do("Cast", [own[1]], path, "codes", to=ir.DataType.FLOAT)
+            if bits == 4:
+                high = self._do(
+                    "Floor", [self._do("Mul", [codes, self._float(1 / 16)], path, "sixteenth")], path, "high"
+                )
+                low = self._do(
+                    "Sub", [codes, self._do("Mul", [high, self._float(16)], path, "upper")], path, "low"
+                )
+                last = [
+                    self._do("Unsqueeze", [part, self._ints(3)], path, f"last{i}")
+                    for i, part in enumerate((low, high))
+                ]
+                pairs = self._do("Concat", last, path, "pairs", axis=3)
+                codes = self._do("Reshape", [pairs, self._ints(N, blocks, block)], path, "unpacked")
+            centred = self._do("Sub", [codes, self._float(1 << (bits - 1))], path, "centred")
+            weight = self._do("Mul", [centred, scales], path, "weight")
+        weight = self._do("Reshape", [weight, self._ints(N, blocks * block)], path, "matrix")
+        if blocks * block != K:
+            weight = self._do(
+                "Slice", [weight, self._ints(0), self._ints(K), self._ints(1)], path, "unpadded"
+            )
+        weight = self._do("Transpose", [weight], path, "transposed", perm=[1, 0])
+        result = self._do("MatMul", [own[0], weight], path, "product")
+        if len(own) > 5:
+            result = self._do("Add", [result, own[5]], path, "bias")
+        return [result]
+
+    def on_MatMulIntegerToFloat(self, own: Values, attributes: dict[str, Any], path: str) -> list[ir.Value]:  # noqa: N802
+        a, b, a_scale, b_scale, a_zero, b_zero = own
+        total = self._do("MatMulInteger", [a, b, a_zero, b_zero], path, "integer")
+        total = self._do("Cast", [total], path, "float", to=ir.DataType.FLOAT)
+        return [self._do("Mul", [total, self._do("Mul", [b_scale, a_scale], path, "scales")], path, "scaled")]
+
+    def on_GatherBlockQuantized(self, own: Values, attributes: dict[str, Any], path: str) -> list[ir.Value]:  # noqa: N802
+        codes, ids, scales = own
+        width, block = _shape(codes)[1], attributes["block_size"]
+        assert attributes["bits"] == 8
+        rows = self._do("Gather", [codes, ids], path, "codes", axis=0)
+        rows = self._do("Cast", [rows], path, "float", to=ir.DataType.FLOAT)
+        rows = self._do("Sub", [rows, self._float(128)], path, "centred")
+        rows = self._do("Reshape", [rows, self._ints(0, 0, width // block, block)], path, "blocks")
+        scale = self._do("Gather", [scales, ids], path, "scales", axis=0)
+        scale = self._do("Unsqueeze", [scale, self._ints(3)], path, "scale")
+        rows = self._do("Mul", [rows, scale], path, "scaled")
+        return [self._do("Reshape", [rows, self._ints(0, 0, width)], path, "rows")]
+
+    # -- norms and activation --------------------------------------------------------------------------------
+
+    def on_SkipSimplifiedLayerNormalization(  # noqa: N802
+        self, own: Values, attributes: dict[str, Any], path: str
+    ) -> list[ir.Value]:
+        total = self._do("Add", own[:2], path, "residual")
+        if len(own) > 3:
+            total = self._do("Add", [total, own[3]], path, "bias")
+        normed = self.on_SimplifiedLayerNormalization([total, own[2]], attributes, path)[0]
+        return [normed, total, total, total]  # the two in the middle are never read
+
+    def on_SimplifiedLayerNormalization(  # noqa: N802
+        self, own: Values, attributes: dict[str, Any], path: str
+    ) -> list[ir.Value]:
+        x, gamma = own
+        epsilon = attributes["epsilon"]
+        if self.flavour == "onnx":
+            return [self._do("RMSNormalization", [x, gamma], path, "norm", axis=-1, epsilon=epsilon)]
+        power = self._do(
+            "ReduceMean", [self._do("Mul", [x, x], path, "square")], path, "power", axes=[-1], keepdims=1
+        )
+        root = self._do("Sqrt", [self._do("Add", [power, self._float(epsilon)], path, "eps")], path, "root")
+        return [self._do("Mul", [self._do("Div", [x, root], path, "unit"), gamma], path, "norm")]
+
+    def on_QuickGelu(self, own: Values, attributes: dict[str, Any], path: str) -> list[ir.Value]:  # noqa: N802
+        assert attributes == {"alpha": 1.0}
+        return [self._do("Mul", [own[0], self._do("Sigmoid", own, path, "sigmoid")], path, "silu")]
+
+    # -- what changed between opset 17 and 21 ----------------------------------------------------------------
+
+    def on_Split(self, own: Values, attributes: dict[str, Any], path: str) -> list[ir.Value] | None:  # noqa: N802
+        if self.flavour == "onnx" or "num_outputs" not in attributes:
+            return None
+        axis, parts = attributes["axis"], attributes["num_outputs"]
+        return list(self.g.node("Split", own, path, outputs=parts, axis=axis))
+
+    def on_ReduceMax(self, own: Values, attributes: dict[str, Any], path: str) -> list[ir.Value] | None:  # noqa: N802
+        if self.flavour == "onnx":
+            return None
+        axes_input = own[1]
+        assert axes_input is not None
+        assert axes_input.const_value is not None
+        axes = [int(axis) for axis in axes_input.const_value.numpy().reshape(-1)]
+        return [self.g.node("ReduceMax", own[:1], path, axes=axes, keepdims=attributes["keepdims"])]
+
+    # -- the two operators of the layer ----------------------------------------------------------------------
+
+    def on_CausalConvWithState(self, own: Values, attributes: dict[str, Any], path: str) -> list[ir.Value]:  # noqa: N802
+        x, taps, bias, past = own
+        if self.flavour == "onnx":
+            return list(self.g.node("CausalConvWithState", [x, taps, bias, past], path, outputs=2))
+        channels, _, width = _shape(taps)
+        padded = self._do("Concat", [past, x], path, "padded", axis=2)
+        y = self._do("Conv", [padded, taps], path, "conv", group=channels, kernel_shape=[width])
+        ends = (self._ints(1 - width), self._ints(np.iinfo(np.int64).max), self._ints(2))
+        return [y, self._do("Slice", [padded, *ends], path, "present")]
+
+    def on_LinearAttention(self, own: Values, attributes: dict[str, Any], path: str) -> list[ir.Value]:  # noqa: N802
+        q, k, v, past, decay = own
+        if self.flavour == "onnx":
+            return list(self.g.node("LinearAttention", own, path, outputs=2, **_plain(attributes)))
+        _, H, F, width = _shape(past)
+        do = self._do
+        if self.tokens == 1:  # S' = exp(g) S + k v^T ; o = q S'
+            gain = do("Exp", [do("Reshape", [decay, self._ints(0, H, F, 1)], path, "g")], path, "gain")
+            update = do(
+                "Mul",
+                [
+                    do("Reshape", [k, self._ints(0, H, F, 1)], path, "k"),
+                    do("Reshape", [v, self._ints(0, H, 1, width)], path, "v"),
+                ],
+                path,
+                "update",
+            )
+            state = do("Add", [do("Mul", [past, gain], path, "kept"), update], path, "state")
+            out = do("MatMul", [do("Reshape", [q, self._ints(0, H, 1, F)], path, "q"), state], path, "read")
+            return [do("Reshape", [out, self._ints(0, 1, H * width)], path, "out"), state]
+
+        def heads(x: ir.Value | None, name: str, size: int) -> ir.Value:  # [B,T,H*size] -> [B,H,T,size]
+            split = do("Reshape", [x, self._ints(0, 0, H, size)], path, f"{name}4")
+            return do("Transpose", [split], path, name, perm=[0, 2, 1, 3])
+
+        qh, kh, vh, gh = heads(q, "q", F), heads(k, "k", F), heads(v, "v", width), heads(decay, "g", F)
+        causal, mask = self._causal()
+        b = do("MatMul", [causal, gh], path, "b")  # running sum of g: [B,H,T,F]
+        # exp(b_i - b_j) for every pair i >= j: no exponent is positive, so nothing overflows
+        rows = do("Unsqueeze", [b, self._ints(3)], path, "bi")
+        columns = do("Unsqueeze", [b, self._ints(2)], path, "bj")
+        lag = do("Add", [do("Sub", [rows, columns], path, "lag"), mask], path, "masked")
+        keys = do(
+            "Mul",
+            [do("Exp", [lag], path, "fade"), do("Unsqueeze", [kh, self._ints(2)], path, "kj")],
+            path,
+            "kept",
+        )
+        scores = do("MatMul", [keys, do("Unsqueeze", [qh, self._ints(4)], path, "qi")], path, "scores5")
+        scores = do("Squeeze", [scores, self._ints(4)], path, "scores")
+        carried = do(
+            "MatMul", [do("Mul", [qh, do("Exp", [b], path, "since")], path, "qs"), past], path, "carried"
+        )
+        out = do("Add", [do("MatMul", [scores, vh], path, "within"), carried], path, "sum")
+        out = do("Transpose", [out], path, "rows", perm=[0, 2, 1, 3])
+        out = do("Reshape", [out, self._ints(0, 0, H * width)], path, "out")
+        end = do("Slice", [b, self._ints(-1), self._ints(np.iinfo(np.int64).max), self._ints(2)], path, "end")
+        left = do("Mul", [kh, do("Exp", [do("Sub", [end, b], path, "rest")], path, "restfade")], path, "left")
+        update = do("MatMul", [do("Transpose", [left], path, "leftT", perm=[0, 1, 3, 2]), vh], path, "update")
+        gain = do("Exp", [do("Transpose", [end], path, "endT", perm=[0, 1, 3, 2])], path, "gain")
+        return [out, do("Add", [do("Mul", [past, gain], path, "old"), update], path, "state")]
+
+    def _causal(self) -> tuple[ir.Value, ir.Value]:
+        """Lower triangle of ones [T,T], and 0 or -inf as [T,T,1]; made once for all layers."""
+        if self._mask is None:
+            do, path = self._do, "causal"
+            shape = do("Shape", [self.g.inputs[0]], path, "shape")
+            T = do("Gather", [shape, self.g.constant(np.array(1, np.int64))], path, "T", axis=0)
+            one = self.g.constant(np.array(1, np.int64))
+            numbers = do("Range", [self.g.constant(np.array(0, np.int64)), T, one], path, "numbers")
+            row = do("Unsqueeze", [numbers, self._ints(1)], path, "row")
+            past = do("LessOrEqual", [numbers, row], path, "past")
+            ones = do("Cast", [past], path, "ones", to=ir.DataType.FLOAT)
+            mask = do("Where", [past, self._float(0), self._float(-np.inf)], path, "mask")
+            self._mask = ones, do("Unsqueeze", [mask, self._ints(2)], path, "mask3")
+        return self._mask
+
+
+def _name(value: ir.Value | None) -> str:
+    assert value is not None
+    assert value.name
+    return value.name
+
+
+def _shape(value: ir.Value | None) -> list[int]:
+    """Fixed sizes; 0 for the batch."""
+    assert value is not None
+    assert value.shape is not None
+    return [dim if isinstance(dim, int) else 0 for dim in value.shape]
+
+
+def _plain(attributes: dict[str, Any]) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in attributes.items()}
