@@ -99,31 +99,45 @@ class Sampler:
 
     def probabilities(self, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(token ids, probabilities) that remain after the filters, most likely first; ties by lower id."""
+        tokens, cumulative, mass = self._kept(scores, 1.0)
+        weights = np.diff(cumulative, prepend=0.0)
+        return tokens, weights / mass
+
+    def _kept(self, scores: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray, float]:
+        """(token ids, cumulative weights, mass of all kept): best first, as far as `share` of the mass.
+
+        Sorting a whole vocabulary takes as long as half a step of the model, and the first few hundred tokens
+        nearly always hold the mass that is asked for; so more are sorted only when needed.
+        """
         options = self.options
         scaled = scores / max(options.temperature, 1e-6)
+        best = scaled.max()
         # min_p first: it needs no sorting and leaves few to sort.
-        if options.min_p > 0:
-            kept = np.flatnonzero(scaled >= scaled.max() + np.log(options.min_p))
-        else:
-            kept = np.arange(scaled.size)
-        count = kept.size if options.top_k == 0 else min(options.top_k, kept.size)
-        order = kept[_descending(scaled[kept], count)]
-        weights = np.exp(scaled[order] - scaled[order[0]])
+        floor = best + np.log(options.min_p) if options.min_p > 0 else -np.inf
+        kept = np.flatnonzero(scaled >= floor)
+        if 0 < options.top_k < kept.size:
+            kept = kept[np.sort(_descending(scaled[kept], options.top_k))]
+        total = float(np.exp(scaled[kept] - best).sum())
+        # top_p counts the probability that the other two left, as the usual order of filters has it.
+        target = total * options.top_p
+        for size in (256, 4096, kept.size):
+            order = kept[_descending(scaled[kept], min(size, kept.size))]
+            cumulative = np.cumsum(np.exp(scaled[order] - best))
+            if order.size == kept.size or cumulative[-1] >= target * (share if options.top_p == 1 else 1.0):
+                break
         if options.top_p < 1:
-            mass = np.cumsum(weights)
-            # Of the probability that top_k and min_p left, as the usual order of filters has it.
-            order = order[: int(np.searchsorted(mass, options.top_p * mass[-1], side="left")) + 1]
-            weights = weights[: order.size]
-        return order, weights / weights.sum()
+            count = int(np.searchsorted(cumulative, target, side="left")) + 1
+            order, cumulative = order[:count], cumulative[:count]
+            return order, cumulative, float(cumulative[-1])
+        return order, cumulative, float(cumulative[-1]) if order.size == kept.size else total
 
     def _draw(self, scores: np.ndarray, position: int) -> int:
-        tokens, probabilities = self.probabilities(scores)
         self._generator.advance(position - self._drawn)
         # random_raw, unlike Generator's methods, is fixed for ever by numpy's compatibility promise.
         uniform = (int(self._generator.random_raw()) >> 11) * 2.0**-53
         self._drawn = position + 1
-        cumulative = np.cumsum(probabilities)
-        index = int(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"))
+        tokens, cumulative, mass = self._kept(scores, uniform)
+        index = int(np.searchsorted(cumulative, uniform * mass, side="right"))
         return int(tokens[min(index, tokens.size - 1)])
 
 

@@ -70,6 +70,25 @@ def test_draws_follow_the_probabilities() -> None:
     assert np.abs(counts - np.exp(logits)).max() < 0.02
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"top_p": 0.9}, {"top_p": 0.999999}, {"min_p": 0.001}, {"top_k": 5000}]
+)
+@pytest.mark.parametrize("spread", [0.0, 1.0, 8.0])
+def test_a_large_vocabulary_is_drawn_from_as_if_it_were_sorted_whole(options: dict, spread: float) -> None:
+    logits = (np.random.default_rng(0).standard_normal(20_000) * spread).astype(np.float32)
+    sampler = Sampler(SamplingOptions(temperature=1.0, seed=1, **options), logits.size)
+    order = np.argsort(-logits.astype(np.float64), kind="stable")
+    p = np.exp(logits[order].astype(np.float64) - logits.max())
+    p[p < options.get("min_p", 0)] = 0
+    p[options.get("top_k", p.size) :] = 0
+    if "top_p" in options:
+        p[int(np.searchsorted(np.cumsum(p), options["top_p"] * p.sum())) + 1 :] = 0
+    expected = np.cumsum(p) / p.sum()
+    uniforms = (np.random.PCG64(1).random_raw(60) >> np.uint64(11)) * 2.0**-53
+    drawn = [sampler.choose(logits, i).token for i in range(60)]
+    assert drawn == [int(order[np.searchsorted(expected, u, side="right")]) for u in uniforms]
+
+
 def test_known_draws_stay_the_same_on_every_platform() -> None:
     logits = (np.arange(V, dtype=np.float32) % 7) / 2
     sampler = Sampler(SamplingOptions(temperature=0.9, top_k=40, top_p=0.95, min_p=0.01, seed=42), V)
