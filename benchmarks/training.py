@@ -80,11 +80,7 @@ def main() -> None:
                 model = LawcatModel(LlamaForCausalLM(SMOLLM2), Geometry.from_hf(SMOLLM2), LawcatConfig(window=window), backend)
                 model.to(device)
                 if compiled:
-                    for layer in model.layers:
-                        layer.feed_forward = torch.compile(layer.feed_forward)
-                        layer.self_attn.project = torch.compile(layer.self_attn.project)
-                        if window:
-                            layer.self_attn.window_attention = torch.compile(layer.self_attn.window_attention)
+                    model.compile_parts()
                 new = list(model.new_parameters().values())
                 for parameter in new:
                     parameter.requires_grad_(True)
@@ -102,7 +98,7 @@ def main() -> None:
                                 torch.cuda.reset_peak_memory_stats()
                             row |= measure(module, ids, new, args.repeats)
                         except Exception as error:  # one shape that does not fit must not lose the others
-                            row["error"] = f"{type(error).__name__}: {str(error)[:300]}"
+                            row["error"] = f"{type(error).__name__}: {str(error)[-300:]}"
                         rows.append(row)
                         print(row, flush=True)
     print(json.dumps(rows))

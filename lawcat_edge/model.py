@@ -84,6 +84,14 @@ class LawcatModel(nn.Module):
             for name, parameter in layer.self_attn.new_parameters().items()
         }
 
+    def compile_parts(self) -> None:
+        """torch.compile what surrounds the kernels; all layers share one compilation."""
+        for layer in self.layers:
+            layer.feed_forward = torch.compile(layer.feed_forward)
+            layer.self_attn.project = torch.compile(layer.self_attn.project)
+            if self.config.window:
+                layer.self_attn.window_attention = torch.compile(layer.self_attn.window_attention)
+
     # -- running ---------------------------------------------------------------------------------------------
 
     def empty_state(self, batch: int) -> list[LayerState]:

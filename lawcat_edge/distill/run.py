@@ -113,6 +113,8 @@ def _run(
 
     summary: dict[str, Any] = {}
     stages = ("transfer", "finetune") if settings.stage == "both" else (settings.stage,)
+    if settings.compile:
+        model.compile_parts()
     for stage in stages:
         groups = _prepare(model, stage, settings)
         if done is not None and stage != done.stage and stages.index(stage) < stages.index(done.stage):
@@ -167,7 +169,7 @@ def _run(
 
 
 # Settings that change the speed of a run and not its result, so a resumed run may differ in them.
-_FREE = ("batch_size", "grad_accumulation", "checkpoint_every", "checkpoint_seconds")
+_FREE = ("compile", "batch_size", "grad_accumulation", "checkpoint_every", "checkpoint_seconds")
 
 
 def _prepare(

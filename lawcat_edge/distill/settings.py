@@ -20,6 +20,7 @@ class DistillSettings:
     kl_weight, ce_weight: parts of the fine-tuning loss: KL(teacher || student), and next-token cross-entropy.
     answer_weight: weight of answer tokens in the cross-entropy of generated tasks (other tokens count 1).
     teacher_tokens: how much text to sample from the teacher when task_mix names ``teacher``.
+    compile: torch.compile the parts around the Triton kernels (a fifth faster on a GPU, after half a minute).
     lr_new: rate of conv, feature map, gate and omega while fine-tuning (0 freezes them).
     """
 
@@ -48,6 +49,7 @@ class DistillSettings:
     rope: bool = False
     precision: str = "auto"
     backend: str = "auto"
+    compile: bool = False
     seed: int = 0
     checkpoint_every: int = 50
     checkpoint_seconds: int = 300

@@ -1,0 +1,3 @@
+from lawcat_edge.cli import main
+
+main()

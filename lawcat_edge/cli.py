@@ -1,0 +1,121 @@
+"""The command line: registers the commands and turns every error into one sentence and an exit code.
+
+0 done · 1 a check failed · 2 the user's mistake · 130 interrupted. LAWCAT_EDGE_DEBUG=1 shows tracebacks.
+A command's module is imported only when that command runs.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import os
+import sys
+from collections.abc import Mapping
+
+import click
+import typer
+from typer.core import TyperGroup
+from typer.main import get_command_from_info
+from typer.models import CommandInfo
+
+from lawcat_edge import __version__
+from lawcat_edge.runtime.errors import LawcatError
+
+COMMANDS = {
+    "demo": "The main job on the embedded teacher, start to end.",
+    "distill": "Train an adapter: a teacher's attention becomes linear.",
+    "export": "A teacher and an adapter become a bundle.",
+    "verify": "Is a bundle whole, and does it compute what it should?",
+    "info": "What a bundle or an adapter is, and where it comes from.",
+    "generate": "Continue or answer a prompt from a bundle.",
+    "chat": "A conversation in the terminal.",
+    "eval": "Retrieval and perplexity of a bundle, an adapter or a teacher.",
+    "compare": "Accuracy against size of several schemes.",
+    "bench": "Speed and memory of a bundle by length of text.",
+}
+_EXTRA_OF = {"typer": "", "matplotlib": "build", "pyarrow": "data", "triton": "triton", "starlette": "serve"}
+
+
+class Lazy(TyperGroup):
+    """A group that knows its commands' names and imports one only to run it or to show its help."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        function = getattr(importlib.import_module(f"lawcat_edge.commands.{cmd_name}"), cmd_name)
+        info = CommandInfo(name=cmd_name, callback=function, help=function.__doc__)
+        return get_command_from_info(info, pretty_exceptions_short=True, rich_markup_mode=None)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+
+app = typer.Typer(cls=Lazy, add_completion=False, rich_markup_mode=None, no_args_is_help=True)
+
+
+def _version(show: bool) -> None:
+    if show:
+        print(f"lawcat-edge {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Show the version."),
+) -> None:
+    """Put a long-context language model of constant memory on a phone-class CPU.
+
+    Example: lawcat-edge generate bundle --chat --prompt "What is a lighthouse for?"
+    """
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit."""
+    sys.exit(run(arguments))
+
+
+def run(arguments: list[str] | None = None, environment: Mapping[str, str] = os.environ) -> int:
+    """Run the command line; the exit code instead of an exception, unless LAWCAT_EDGE_DEBUG is set."""
+    try:
+        result = app(args=arguments, prog_name="lawcat-edge", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except (KeyboardInterrupt, click.Abort):
+        print("Interrupted; nothing half-written was left in place.", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if environment.get("LAWCAT_EDGE_DEBUG"):
+            raise
+        message, code = explain(error)
+        if message is None:
+            raise
+        print(f"Error: {message}", file=sys.stderr)
+        return code
+
+
+def explain(error: Exception) -> tuple[str | None, int]:
+    """One sentence for an error and its exit code; (None, _) for a bug, which keeps its traceback."""
+    if isinstance(error, LawcatError):
+        return str(error), error.exit_code
+    if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("lawcat_edge"):
+        extra = _EXTRA_OF.get(str(error.name).split(".")[0], "build")
+        return f"This command needs the package {error.name}; run pip install 'lawcat-edge[{extra}]'.", 2
+    if isinstance(error, OSError) and error.errno is not None:
+        if error.errno == errno.ENOSPC:
+            return f"The disk is full{_at(error)}; free some space and run the command again.", 2
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            return f"No permission to write or read{_at(error)}; choose another place or change the permission.", 2
+        return f"{os.strerror(error.errno)}{_at(error)}; check the path and run the command again.", 2
+    if isinstance(error, MemoryError):
+        return "Memory ran out; close other programs, or use a smaller batch or model.", 2
+    return None, 1
+
+
+def _at(error: OSError) -> str:
+    return f" ({error.filename})" if error.filename else ""

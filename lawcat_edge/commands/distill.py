@@ -1,0 +1,106 @@
+"""``lawcat-edge distill``: train an adapter that makes a teacher's attention linear."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def distill(
+    teacher: Annotated[str, typer.Argument(help="Folder, GGUF file, hub id, or smollm2.")],
+    out: Annotated[Path, typer.Option(help="Adapter folder to write.")],
+    data: Annotated[
+        list[str] | None, typer.Option(help="Text, JSONL, Parquet, globs, tokenised .bin, hub:NAME; repeatable.")
+    ] = None,
+    recipe: Annotated[str | None, typer.Option(help="general, general-window, passkey, or a JSON file.")] = None,
+    stage: Annotated[str | None, typer.Option(help="transfer, finetune or both.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens of each stage.")] = None,
+    transfer_tokens: Annotated[int | None, typer.Option(help="Tokens of attention transfer.")] = None,
+    finetune_tokens: Annotated[int | None, typer.Option(help="Tokens of low-rank fine-tuning.")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens of a sequence.")] = None,
+    finetune_seq_len: Annotated[int | None, typer.Option(help="The same for fine-tuning alone.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences a process takes at once.")] = None,
+    grad_accumulation: Annotated[int | None, typer.Option(help="Batches summed before a step.")] = None,
+    window: Annotated[int | None, typer.Option(help="Tokens of softmax attention mixed in; 0: none.")] = None,
+    rope: Annotated[bool | None, typer.Option("--rope/--no-rope", help="Rotary in the linear branch.")] = None,
+    feature_dim: Annotated[int | None, typer.Option(help="Feature width f; 0: half the head width.")] = None,
+    task_mix: Annotated[str | None, typer.Option(help='Shares, as in "text:0.7,passkey:0.3".')] = None,
+    lr_transfer: Annotated[float | None, typer.Option(help="Learning rate of attention transfer.")] = None,
+    lr_lora: Annotated[float | None, typer.Option(help="Learning rate of the low-rank updates.")] = None,
+    lr_new: Annotated[float | None, typer.Option(help="Rate of the new parameters while fine-tuning.")] = None,
+    lora_rank: Annotated[int | None, typer.Option(help="Rank of the low-rank updates.")] = None,
+    kl_weight: Annotated[float | None, typer.Option(help="Weight of KL to the teacher.")] = None,
+    ce_weight: Annotated[float | None, typer.Option(help="Weight of next-token cross-entropy.")] = None,
+    precision: Annotated[str | None, typer.Option(help="auto, fp32 or bf16.")] = None,
+    backend: Annotated[str | None, typer.Option(help="auto, triton or torch.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Any other setting, NAME=VALUE; repeatable.")
+    ] = None,
+    start_from: Annotated[Path | None, typer.Option(help="Adapter to go on from.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    half: Annotated[bool, typer.Option("--half", help="Store float16 (for publishing).")] = False,
+    seed: Annotated[int | None, typer.Option(help="Seed of data order and initial parameters.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Distil TEACHER into a LAWCAT adapter: attention transfer, then low-rank fine-tuning.
+
+    The log and the checkpoints of a running distillation lie in OUT.run; after a kill, the same command with
+    --resume goes on to the same result. Under `accelerate launch` it runs on many processes.
+
+    Examples:
+
+      lawcat-edge distill smollm2 --data "texts/*.txt" --tokens 500000 --window 64 --out adapter
+
+      lawcat-edge distill smollm2 --recipe passkey --out adapter-passkey
+    """
+    given = dict(locals())
+    from lawcat_edge.adapter import Adapter
+    from lawcat_edge.commands.progress import training_progress
+    from lawcat_edge.distill.run import distill as run
+    from lawcat_edge.distill.settings import DistillSettings, load_recipe
+    from lawcat_edge.runtime.errors import LawcatError
+    from lawcat_edge.teacher import resolve
+
+    settings = load_recipe(recipe) if recipe else DistillSettings()
+    names = set(settings.to_dict())
+    changes = {name: value for name, value in given.items() if name in names and value is not None}
+    if tokens is not None:
+        changes = {"transfer_tokens": tokens, "finetune_tokens": tokens, **changes}
+    if seq_len is not None:
+        changes = {"finetune_seq_len": seq_len, **changes}
+    changes |= _parsed(set_ or [], settings.to_dict())
+    settings = settings.with_changes(changes)
+    base = Adapter.load(start_from) if start_from else None
+    if not data and "text" in settings.task_mix:
+        raise LawcatError("There is nothing to train on; give --data FILES, or a --task-mix without text.")
+    source = resolve(teacher)
+    if base is not None:
+        base.check_teacher(source)
+    with training_progress() as progress:
+        adapter = run(source, data or [], out, settings, start_from=base, resume=resume, report=progress, half=half)
+    if json_:
+        print(json.dumps({"adapter": str(out), "sha256": adapter.sha256, **adapter.training}))
+    else:
+        for name, facts in adapter.training["stages"].items():
+            print(f"{name}: {facts['tokens']:,} tokens in {facts['seconds']:,.0f} s, loss {facts['loss']:.4g}")
+        print(f"The adapter is in {out}. Next: lawcat-edge export {teacher} --adapter {out} --out bundle")
+
+
+def _parsed(pairs: list[str], known: dict[str, Any]) -> dict[str, Any]:
+    """NAME=VALUE settings, with the type that the setting has."""
+    from lawcat_edge.runtime.errors import LawcatError
+
+    values: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals or name not in known:
+            raise LawcatError(f"--set takes NAME=VALUE with a known setting, not {pair!r}; known: {', '.join(known)}.")
+        kind = type(known[name])
+        try:
+            values[name] = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+        except (KeyError, ValueError):
+            raise LawcatError(f"--set {name} needs a value of type {kind.__name__}, not {text!r}.") from None
+    return values
