@@ -41,7 +41,7 @@ def inputs(T, H=3, G=1, width=8, d=5, gates="usual", state=True, seed=0):
 def gradients(form, args, weights):
     args = [x.clone().requires_grad_() for x in args]
     outs = form(*args)
-    sum((o * w).sum() for o, w in zip(outs, weights, strict=True)).backward()
+    torch.stack([(o * w).sum() for o, w in zip(outs, weights, strict=True)]).sum().backward()
     return outs, [x.grad for x in args]
 
 
@@ -83,16 +83,16 @@ def test_float32_chunk_stays_close_and_finite(gates):
 @pytest.mark.parametrize(("H", "G"), [(1, 1), (6, 3), (8, 1)])
 def test_grouped_heads_read_their_own_value_head(H, G):
     q, k, v, g, S0, z0 = inputs(9, H=H, G=G)
-    repeated = (x.repeat_interleave(H // G, 2) for x in (v, g))
-    for r, o in zip(gla_naive(q, k, *repeated, S0, z0), gla_chunk(q, k, v, g, S0, z0), strict=True):
+    wide_v, wide_g = (x.repeat_interleave(H // G, 2) for x in (v, g))
+    for r, o in zip(gla_naive(q, k, wide_v, wide_g, S0, z0), gla_chunk(q, k, v, g, S0, z0), strict=True):
         assert_close("grouped", r, o, 1e-10)
 
 
 def test_two_halves_make_a_whole():
     q, k, v, g, S0, z0 = inputs(100)
     whole = gated_linear_attention(q, k, v, g, S0, z0)
-    first = gated_linear_attention(*(x[:, :41] for x in (q, k, v, g)), S0, z0)
-    second = gated_linear_attention(*(x[:, 41:] for x in (q, k, v, g)), *first[2:])
+    first = gated_linear_attention(q[:, :41], k[:, :41], v[:, :41], g[:, :41], S0, z0)
+    second = gated_linear_attention(q[:, 41:], k[:, 41:], v[:, 41:], g[:, 41:], *first[2:])
     assert_close("n", whole[0], torch.cat([first[0], second[0]], 1), 1e-10)
     assert_close("S", whole[2], second[2], 1e-10)
 

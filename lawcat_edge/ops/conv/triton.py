@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lawcat_edge.ops.backend import check_triton
-from lawcat_edge.ops.gla.triton_kernels import load_rows, mm, store_rows
+from lawcat_edge.ops.gla.triton_kernels import interpreted, load_rows, mm, store_rows
 
 
 def _tile(D: int) -> tuple[int, int]:
@@ -143,6 +143,7 @@ def backward_x_kernel(
     store_rows(p_dx + ((i_b * T + t0) * G + i_g) * D, dx, o_r, t0 + o_r < T, G * D, o_d, D)
 
 
+@torch.compiler.disable
 def conv_feature_triton(x: Tensor, taps: Tensor, W: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor]:
     """x [B,T,G,d], taps [H*d,K], W [H,d,f], buffer [B,H*d,K-1]
     -> phi [B,T,H,2f] and the next buffer, in x's dtype.
@@ -185,7 +186,7 @@ class _ConvFeature(torch.autograd.Function):
         past = buffer.transpose(1, 2).contiguous()
         mode = "bf16" if x.dtype == torch.bfloat16 else "split"
         if not x.is_cuda:
-            mode = {"bf16": "round", "split": "exact"}[mode]
+            mode = interpreted(mode)
         rows, warps = _tile(D)
         NT = triton.cdiv(T, rows)
         phi = torch.empty(B, T, H, 2 * F, dtype=x.dtype, device=x.device)

@@ -19,6 +19,7 @@ from lawcat_edge.ops.backend import check_triton
 from lawcat_edge.ops.gla.triton_backward import delta_kernel, dkv_kernel, dq_kernel
 from lawcat_edge.ops.gla.triton_kernels import (
     cumsum_kernel,
+    interpreted,
     output_kernel,
     scan_kernel,
     states_kernel,
@@ -68,6 +69,7 @@ LAUNCHES: dict[tuple[int, str], dict[str, Launch]] = {
 COARSEST = 64  # segments are whole chunks of every size
 
 
+@torch.compiler.disable
 def gla_triton(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, S0: Tensor | None, z0: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -81,6 +83,7 @@ def gla_triton(
     return _Gla.apply(q, k, v, g, S0, z0, None)
 
 
+@torch.compiler.disable
 def gla_triton_normalised(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, S0: Tensor | None, z0: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,6 +91,7 @@ def gla_triton_normalised(
     return _Gla.apply(q, k, v, g, S0, z0, eps)
 
 
+@torch.compiler.disable
 def gla_step_triton(
     q: Tensor,
     k: Tensor,
@@ -160,7 +164,7 @@ class _Plan(NamedTuple):
         mode = products(q, k, v)
         launches = LAUNCHES[(64 if max(dims.F, dims.D) <= 64 else 128, mode)]
         if not q.is_cuda:
-            mode = {"bf16": "round", "split": "exact"}[mode]
+            mode = interpreted(mode)
         return cls(segment, triton.cdiv(dims.T, segment), mode, launches)
 
 
@@ -276,7 +280,7 @@ class _Gla(torch.autograd.Function):
             run = _Run.of(g, launch.chunk, dims, plan)
             starts = run.segment_starts(k, v, None, None, initial)
             # split products need registers for two operands: half the columns at a time, the scores twice
-            BV = min(_block(D), 128 if plan.mode in ("bf16", "round") else 64)
+            BV = min(_block(D), 128 if "bf16" in plan.mode else 64)
             output_kernel[(B * H * plan.P, triton.cdiv(D, BV))](
                 q, k, v, run.b, run.mild, *(starts or (S, z)), n, den, S, z, T, run.N,
                 plan.segment // run.chunk, plan.P, eps or 0.0, H, H // G, F, D, run.chunk, _block(F), BV,
@@ -313,11 +317,11 @@ class _Gla(torch.autograd.Function):
                 scale, dden = torch.empty_like(den), torch.empty_like(den)
                 rows, BR = B * T * H, 32
                 delta_kernel[(triton.cdiv(rows, BR),)](
-                    dn, y, den, scale, dden, rows, ctx.eps, D, BR, _block(D)
+                    dn, y, den, scale, dden, rows, ctx.eps, D, BR, _block(D), plan.mode
                 )
             run = _Run.of(g, plan.launches["dq"].chunk, dims, plan)
             # The carry stays float32; its copies at the chunks are operands, and take the operands' type.
-            copy = torch.bfloat16 if plan.mode in ("bf16", "round") else torch.float32
+            copy = torch.bfloat16 if "bf16" in plan.mode else torch.float32
             before, after, initial = run.states(run.N, copy), run.states(run.N, copy), run.states(1)
             run.walk(k, v, None, None, None if S_start is None else (S_start, z_start), before, run.states(1))
             ends = run.segment_starts(q, dn, dden, scale, final)

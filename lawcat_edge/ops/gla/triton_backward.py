@@ -24,16 +24,22 @@ from lawcat_edge.ops.gla.triton_kernels import SUB, load_rows, load_state, mm, s
 
 @triton.jit(do_not_specialize=["rows", "eps"])
 def delta_kernel(
-    p_dy, p_y, p_den, p_scale, p_dden, rows, eps, D: tl.constexpr, BR: tl.constexpr, BV: tl.constexpr
-):
-    """From y = n / (den + eps): dn = dy * scale, dden = -scale * sum(dy * y). Rows are (b, t, h)."""
+    p_dy, p_y, p_den, p_scale, p_dden, rows, eps, D: tl.constexpr, BR: tl.constexpr, BV: tl.constexpr,
+    MODE: tl.constexpr,
+):  # fmt: skip
+    """From y = n / (den + eps): dn = dy * scale, dden = -sum(dn * y). Rows are (b, t, h).
+
+    Where one token outweighs the others, y is near its v and dn . v + dden near zero: dn is rounded here as
+    it will be for its products, so that the two still cancel.
+    """
     o_r, o_v = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR), tl.arange(0, BV)
     m_r = o_r < rows
-    dy = load_rows(p_dy, o_r, m_r, D, o_v, D)
-    y = load_rows(p_y, o_r, m_r, D, o_v, D)
     scale = 1.0 / (tl.load(p_den + o_r, mask=m_r, other=1.0) + eps)
+    dn = load_rows(p_dy, o_r, m_r, D, o_v, D) * scale[:, None]
+    if MODE == "bf16" or MODE == "round bf16":
+        dn = dn.to(tl.bfloat16).to(tl.float32)
     tl.store(p_scale + o_r, scale, mask=m_r)
-    tl.store(p_dden + o_r, -scale * tl.sum(dy * y, 1), mask=m_r)
+    tl.store(p_dden + o_r, -tl.sum(dn * load_rows(p_y, o_r, m_r, D, o_v, D), 1), mask=m_r)
 
 
 @triton.jit
