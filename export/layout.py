@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from lawcat_edge.config import LawcatConfig
 from lawcat_edge.export import products
+from lawcat_edge.export.rotation import Rotation
 from lawcat_edge.export.schemes import Product, Scheme
 from lawcat_edge.export.step import Widths
 from lawcat_edge.export.writer import DataWriter
@@ -28,6 +30,15 @@ class Layout:
     scheme: Scheme
     weights: WeightSource
     adapter: Mapping[str, np.ndarray]
+
+    @cached_property
+    def rotation(self) -> Rotation | None:
+        return Rotation(self.geometry.hidden_size) if self.scheme.rotate else None
+
+    @property
+    def head_transform(self) -> bool:
+        """Whether a tied head needs the final norm's gains in the rotated basis as a product of its own."""
+        return self.rotation is not None and self.geometry.tie_embeddings
 
     def shape(self, product: str) -> tuple[int, int]:
         """(N, K) of a product."""
@@ -59,17 +70,20 @@ class Layout:
     # -- storing ---------------------------------------------------------------------------------------------
 
     def store_embedding(self, writer: DataWriter) -> None:
-        name, spec = "embedding", self.embedding_spec
         shape = self.geometry.vocab_size, self.geometry.hidden_size
-        products.store(writer, spec, name, self._blocks("model.embed_tokens.weight"), *shape)
+        rows = self._reading("model.embed_tokens.weight", None)
+        products.store(writer, self.embedding_spec, "embedding", rows, *shape)
 
     def store_head(self, writer: DataWriter) -> None:
+        tied = self.geometry.tie_embeddings
+        if self.rotation is not None and tied:
+            gain = self._get("model.norm.weight")
+            writer.array("head_transform", self.rotation.columns(gain[:, None] * self.rotation.matrix))
         if self.shared_table:
             return
-        source = "model.embed_tokens.weight" if self.geometry.tie_embeddings else "lm_head.weight"
-        products.store(
-            writer, self.scheme.products["head"], "head", self._blocks(source), *self.shape("head")
-        )
+        source = "model.embed_tokens.weight" if tied else "lm_head.weight"
+        rows = self._reading(source, None if tied else "model.norm.weight")
+        products.store(writer, self.spec("head"), "head", rows, *self.shape("head"))
 
     def store_layer(self, writer: DataWriter, i: int) -> None:
         g, prefix = self.geometry, f"layers.{i}."
@@ -78,36 +92,68 @@ class Layout:
             products.store(writer, self.spec(product), prefix + product, make(i), *self.shape(product))
         for name, value in self._small(i).items():
             writer.array(prefix + name, np.ascontiguousarray(value, np.float32))
-        following = f"model.layers.{i + 1}.input_layernorm.weight"
-        writer.array(
-            prefix + "norm_next", self._get(following if i + 1 < g.num_layers else "model.norm.weight")
-        )
+        last = i + 1 == g.num_layers
+        following = "model.norm.weight" if last else f"model.layers.{i + 1}.input_layernorm.weight"
+        writer.array(prefix + "norm_next", self._gain(following))
 
     def store_first_norm(self, writer: DataWriter) -> None:
-        writer.array("first_norm", self._get("model.layers.0.input_layernorm.weight"))
+        writer.array("first_norm", self._gain("model.layers.0.input_layernorm.weight"))
 
     # -- rows of the fused products --------------------------------------------------------------------------
 
     def _qkv(self, i: int) -> Iterator[np.ndarray]:
-        g, at = self.geometry, f"model.layers.{i}.self_attn."
-        yield from self._blocks(f"{at}q_proj.weight")
-        yield from self._blocks(f"{at}k_proj.weight")
+        g, at, norm = (
+            self.geometry,
+            f"model.layers.{i}.self_attn.",
+            f"model.layers.{i}.input_layernorm.weight",
+        )
+        yield from self._reading(f"{at}q_proj.weight", norm)
+        yield from self._reading(f"{at}k_proj.weight", norm)
         zero = np.zeros((1, g.hidden_size), np.float32)
         for head in range(g.num_kv_heads):  # a zero row after each head: its bias makes the column of ones
-            yield self.weights.rows(f"{at}v_proj.weight", head * g.head_dim, (head + 1) * g.head_dim)
+            rows = self.weights.rows(f"{at}v_proj.weight", head * g.head_dim, (head + 1) * g.head_dim)
+            self._check(f"{at}v_proj.weight", rows)
+            yield self._turned(rows, norm)
             yield zero
-        yield np.ascontiguousarray(self._new(i, "gate_a").T)
+        yield self._turned(np.ascontiguousarray(self._new(i, "gate_a").T), norm)
         yield zero
 
     def _o(self, i: int) -> Iterator[np.ndarray]:
-        return self._blocks(f"model.layers.{i}.self_attn.o_proj.weight")
+        return self._writing(f"model.layers.{i}.self_attn.o_proj.weight")
 
     def _gate_up(self, i: int) -> Iterator[np.ndarray]:
-        yield from self._blocks(f"model.layers.{i}.mlp.gate_proj.weight")
-        yield from self._blocks(f"model.layers.{i}.mlp.up_proj.weight")
+        norm = f"model.layers.{i}.post_attention_layernorm.weight"
+        yield from self._reading(f"model.layers.{i}.mlp.gate_proj.weight", norm)
+        yield from self._reading(f"model.layers.{i}.mlp.up_proj.weight", norm)
 
     def _down(self, i: int) -> Iterator[np.ndarray]:
-        return self._blocks(f"model.layers.{i}.mlp.down_proj.weight")
+        return self._writing(f"model.layers.{i}.mlp.down_proj.weight")
+
+    def _reading(self, name: str, norm: str | None) -> Iterator[np.ndarray]:
+        """Rows of a weight that reads the residual stream behind ``norm``."""
+        for block in self._blocks(name):
+            yield self._turned(block, norm)
+
+    def _turned(self, block: np.ndarray, norm: str | None) -> np.ndarray:
+        if self.rotation is None:
+            return block
+        return self.rotation.rows(block if norm is None else block * self._get(norm))
+
+    def _writing(self, name: str) -> Iterator[np.ndarray]:
+        """Rows of a weight that adds to the residual stream; rotating them takes all at once."""
+        if self.rotation is None:
+            return self._blocks(name)
+        return iter([np.ascontiguousarray(self.rotation.columns(self._get(name)))])
+
+    def _gain(self, norm: str) -> np.ndarray:
+        """The gains of a norm as the graph applies them; rotated, they sit in the weights behind."""
+        value = self._get(norm)
+        return value if self.rotation is None else np.ones_like(value)
+
+    def _shift(self, name: str) -> np.ndarray:
+        """A bias that is added to the residual stream."""
+        value = self._get(name)
+        return value if self.rotation is None else self.rotation.rows(value)
 
     def _blocks(self, name: str) -> Iterator[np.ndarray]:
         count, width = self.weights.shape(name)
@@ -128,16 +174,16 @@ class Layout:
             "feature": np.stack([W, -W], 1).swapaxes(2, 3),
             # the last row meets the latent that is always one
             "gate_b": -np.concatenate([self._new(i, "gate_b"), self._new(i, "gate_bias")[None]]),
-            "norm_attn": self._get(f"model.layers.{i}.post_attention_layernorm.weight"),
+            "norm_attn": self._gain(f"model.layers.{i}.post_attention_layernorm.weight"),
             "qkv.bias": self._qkv_bias(at),
         }
         if g.output_bias:
-            small["o_bias"] = self._get(f"{at}o_proj.bias")
+            small["o_bias"] = self._shift(f"{at}o_proj.bias")
         if g.mlp_bias:
             small["gate_up.bias"] = np.concatenate(
                 [self._get(f"{mlp}{name}_proj.bias") for name in ("gate", "up")]
             )
-            small["down_bias"] = self._get(f"{mlp}down_proj.bias")
+            small["down_bias"] = self._shift(f"{mlp}down_proj.bias")
         if g.qk_norm:
             q, k = self._get(f"{at}q_norm.weight"), self._get(f"{at}k_norm.weight")
             small["qk_gamma"] = np.concatenate(

@@ -148,7 +148,7 @@ class StepLayer(nn.Module):
 
         decay = _op("Softplus", [latent @ self.gate_b], [B, T, G * F]) * self.gate_scale
         if G != H:
-            decay = torch.cat(self.repeated(torch.split(decay, F, 2)), 2)
+            decay = torch.cat(self.repeated(torch.split(decay, F, 2) if G > 1 else [decay]), 2)
         values = torch.cat(self.repeated(v_heads), 2)
         out, recurrent_present = _ops(
             "com.microsoft::LinearAttention",

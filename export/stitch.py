@@ -60,6 +60,8 @@ def stitch(
         present += after
     if not all_positions:
         h = g.node("Gather", [h, g.constant(np.array([-1], np.int64))], "last", axis=1)
+    if layout.head_transform:
+        h = g.node("MatMul", [h, g.stored("head_transform")], "head_transform/product")
     head = "embedding" if layout.shared_table else "head"
     logits = products.emit(g, layout.spec("head"), head, h, V, D, None, "head")
 

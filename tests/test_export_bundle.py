@@ -1,0 +1,258 @@
+"""What surrounds the numbers of an export: flavours, schemes, files, resuming, refusing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from exported import logits_of, make_bundle, make_student
+from numpy.testing import assert_allclose
+
+from lawcat_edge.config import LawcatConfig
+from lawcat_edge.export import products
+from lawcat_edge.export.exporter import export_bundle
+from lawcat_edge.export.rotation import Rotation
+from lawcat_edge.export.schemes import SCHEMES, Product, Scheme, load_scheme
+from lawcat_edge.export.verify import compare, cut, replay
+from lawcat_edge.export.writer import DataWriter
+from lawcat_edge.families import Geometry
+from lawcat_edge.runtime.bundle import Bundle
+from lawcat_edge.runtime.engine import Engine
+from lawcat_edge.runtime.errors import CheckFailed, LawcatError
+from lawcat_edge.weights import RandomWeights
+
+FLAVOURS = ("ort", "onnx", "portable")
+
+
+@pytest.mark.parametrize("settings", [{}, {"window": 5, "rope": True}])
+@pytest.mark.parametrize("scheme", ["fp32", "int8", "int8-dynamic", "int4"])
+def test_flavours_agree(tmp_path: Path, scheme: str, settings: dict[str, Any]) -> None:
+    config = LawcatConfig(feature_dim=8, **settings)
+    teacher, model, adapter = make_student(tmp_path / "t", config=config, num_key_value_heads=3)
+    report = make_bundle(teacher, model, adapter, tmp_path / "b", scheme=scheme, ops=FLAVOURS)
+    limit = 3e-5 if scheme == "fp32" else 0.7
+    assert all(report["parity"][flavour]["rel_err"] < limit for flavour in FLAVOURS), report["parity"]
+    for name, opset, ir_version in (("onnx", 27, 13), ("portable", 17, 8)):
+        graph = onnx.load(tmp_path / "b" / f"model_{name}.onnx", load_external_data=False)
+        assert [(item.domain, item.version) for item in graph.opset_import] == [("", opset)]
+        assert graph.ir_version <= ir_version
+        assert {node.domain for node in graph.graph.node} == {""}
+        onnx.checker.check_model(str(tmp_path / "b" / f"model_{name}.onnx"), full_check=True)
+
+
+@pytest.mark.parametrize(("name", "tokens"), [("step", 1), ("chunk", 32)])
+def test_portable_graphs_of_fixed_length(tmp_path: Path, name: str, tokens: int) -> None:
+    import onnxruntime
+
+    teacher, model, adapter = make_student(tmp_path / "t")
+    make_bundle(teacher, model, adapter, tmp_path / "b", ops=("portable",), verify=False)
+    session = onnxruntime.InferenceSession(str(tmp_path / "b" / f"model_portable_{name}.onnx"))
+    assert all(isinstance(dim, int) for item in session.get_inputs() for dim in item.shape)
+    text = np.random.default_rng(0).integers(0, 257, 96)
+    state = {i.name: np.zeros(i.shape, np.float32) for i in session.get_inputs() if i.name.startswith("past")}
+    names = [item.name for item in session.get_outputs()]
+    got = []
+    for start in range(0, 96, tokens):
+        out = dict(zip(names, session.run(names, {"input_ids": text[None, start : start + tokens], **state})))  # noqa: B905
+        got.append(out["logits"][0, -1])
+        state = {key: out[key.replace("past_key_values", "present")] for key in state}
+    assert compare(logits_of(model, text)[tokens - 1 :: tokens], np.stack(got)).rel_err < 3e-5
+
+
+def test_lean_graph_and_shared_table(tmp_path: Path) -> None:
+    """One table serves embedding and head, both graphs point into one file, and a layer stays small."""
+    teacher, model, adapter = make_student(tmp_path / "t", hidden_size=96)
+    report = make_bundle(teacher, model, adapter, tmp_path / "b", scheme="int8")
+    assert report["nodes_per_layer"]["ort"] <= 31
+    graph = onnx.load(tmp_path / "b" / "model.onnx", load_external_data=False).graph
+    place = {t.name: {e.key: e.value for e in t.external_data} for t in graph.initializer if t.external_data}
+    tables = [where for name, where in place.items() if name.startswith("embedding.q8")]
+    assert len(tables) == 2
+    assert tables[0] == tables[1]
+    everything = onnx.load(tmp_path / "b" / "model_all.onnx", load_external_data=False).graph
+    assert {t.name for t in everything.initializer} >= set(place)
+    assert {"location": "model.onnx.data"}.items() <= tables[0].items()
+    assert (tmp_path / "b" / "model.onnx").stat().st_size < 200_000
+
+
+def test_rotation_changes_nothing_in_float32(tmp_path: Path) -> None:
+    for tied, family in ((True, "llama"), (False, "llama"), (False, "qwen3")):
+        teacher, model, adapter = make_student(
+            tmp_path / f"{family}{tied}", family, lora=2, tie_word_embeddings=tied, attention_bias=True
+        )
+        fp32 = SCHEMES["fp32"]
+        rotated = Scheme("turned", fp32.products, fp32.embedding, 1e-4, 1e-6, rotate=True)
+        plain = make_bundle(teacher, model, adapter, tmp_path / "a", scheme="fp32")
+        turned = make_bundle(teacher, model, adapter, tmp_path / "b", scheme=rotated)
+        assert turned["parity"]["ort"]["rel_err"] < 5e-5
+        first = (tmp_path / "a" / "model.onnx.data").read_bytes()
+        assert first != (tmp_path / "b" / "model.onnx.data").read_bytes()
+        assert plain["parity"]["ort"]["rel_err"] > 0
+
+
+@pytest.mark.parametrize("width", [48, 576, 2048, 15, 4096])
+def test_rotation_is_orthogonal(width: int) -> None:
+    rotation, x = Rotation(width), np.random.default_rng(0).standard_normal((5, width)).astype(np.float32)
+    turned = rotation.rows(x)
+    assert_allclose(turned @ turned.T, x @ x.T, atol=width * 3e-6)
+    assert np.abs(turned - x).max() > 0.1
+    spike = np.zeros((1, width), np.float32)
+    spike[0, width // 2] = 100.0
+    assert np.abs(rotation.rows(spike)).max() < 95 if width == 15 else np.abs(rotation.rows(spike)).max() < 80
+    if width < 1000:
+        assert_allclose(rotation.columns(x.T), rotation.matrix.T @ x.T, atol=1e-4)
+
+
+def test_quantisers_round_to_the_nearest_step() -> None:
+    values = np.random.default_rng(0).standard_normal((7, 3, 32)).astype(np.float32)
+    values[0, 0] = 0
+    codes, scale = products.quantise8(values)
+    back = (codes.astype(np.float32) - 128) * scale[..., None]
+    assert (np.abs(back - values) <= scale[..., None] * 0.5001).all()
+    codes, scale = products.quantise4(values)
+    low, high = (codes & 15).astype(np.float32), (codes >> 4).astype(np.float32)
+    back = (np.stack([low, high], -1).reshape(values.shape) - 8) * scale[..., None]
+    assert np.square(back - values).mean() < 0.012
+    assert (back[0, 0] == 0).all()
+
+
+def test_integer_product_cannot_saturate(tmp_path: Path) -> None:
+    """Two u8 x s8 products fit 16 bits for the stored weights, whatever the activations: no VNNI needed."""
+    teacher, model, adapter = make_student(tmp_path / "t")
+    make_bundle(teacher, model, adapter, tmp_path / "b", scheme="int8-dynamic")
+    graph = onnx.load(tmp_path / "b" / "model.onnx").graph
+    signed = [onnx.numpy_helper.to_array(t) for t in graph.initializer if t.name.endswith(".s8")]
+    assert len(signed) == 6
+    for weight in signed:
+        pairs = np.abs(weight[::2].astype(np.int64)) + np.abs(weight[1::2].astype(np.int64))
+        assert 255 * pairs.max() < 1 << 15
+        assert np.abs(weight).max() == 63
+
+
+def test_scheme_from_a_file(tmp_path: Path) -> None:
+    mine = SCHEMES["int4"].to_dict() | {"name": "mine"}
+    (tmp_path / "mine.json").write_text(json.dumps(mine))
+    assert load_scheme(str(tmp_path / "mine.json")).to_dict() == mine
+    for change, word in (
+        ({"products": {}}, "products"),
+        ({"rotate": 1}, "rotate"),
+        ({"max_kl": -1}, "max_kl"),
+        ({"embedding": {"kind": "dynamic"}}, "embedding"),
+        ({"embedding": {"kind": "nbits", "bits": 3}}, "bits"),
+        ({"embedding": {"kind": "mp3"}}, "mp3"),
+        ({"extra": 1}, "keys"),
+    ):
+        (tmp_path / "bad.json").write_text(json.dumps(mine | change))
+        with pytest.raises(LawcatError, match=word):
+            load_scheme(str(tmp_path / "bad.json"))
+    with pytest.raises(LawcatError, match="int8-dynamic"):
+        load_scheme("int9")
+
+
+def test_failed_bound_leaves_the_old_bundle(tmp_path: Path) -> None:
+    teacher, model, adapter = make_student(tmp_path / "t")
+    make_bundle(teacher, model, adapter, tmp_path / "b")
+    before = (tmp_path / "b" / "lawcat_bundle.json").read_bytes()
+    with pytest.raises(CheckFailed, match="too far from torch"):
+        make_bundle(
+            teacher, model, adapter, tmp_path / "b", reference=lambda ids: logits_of(model, ids) * 1.01
+        )
+    assert (tmp_path / "b" / "lawcat_bundle.json").read_bytes() == before
+    make_bundle(teacher, model, adapter, tmp_path / "b", scheme="int8")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["b", "t"]
+
+
+def test_killed_export_is_taken_up_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher, model, adapter = make_student(tmp_path / "t", num_hidden_layers=4)
+    make_bundle(teacher, model, adapter, tmp_path / "whole", name="b")
+    stored: list[str] = []
+    original = DataWriter.write
+
+    def write(self: DataWriter, name: str, *rest: Any) -> None:
+        stored.append(name)
+        if len(stored) == 40:
+            raise KeyboardInterrupt
+        original(self, name, *rest)
+
+    monkeypatch.setattr(DataWriter, "write", write)
+    with pytest.raises(KeyboardInterrupt):
+        make_bundle(teacher, model, adapter, tmp_path / "b", name="b")
+    assert not (tmp_path / "b").exists()
+    first, stored[:] = set(stored), ["again"] * 40
+    make_bundle(teacher, model, adapter, tmp_path / "b", name="b")
+    again = set(stored) - {"again"}
+    assert "embedding.weight" in first - again
+    assert any(name.startswith("layers.3") for name in again - first)
+    for file in ("model.onnx.data", "model.onnx", "lawcat_bundle.json"):
+        assert (tmp_path / "b" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+def test_bad_weights_and_adapters_are_refused(tmp_path: Path) -> None:
+    teacher, model, adapter = make_student(tmp_path / "t")
+    good = adapter.tensors["layers.1.feature"]
+    adapter.tensors["layers.1.feature"] = good[:1]
+    with pytest.raises(LawcatError, match=r"layers\.1\.feature"):
+        make_bundle(teacher, model, adapter, tmp_path / "b")
+    adapter.tensors["layers.1.feature"] = good * np.nan
+    with pytest.raises(LawcatError, match="NaN"):
+        make_bundle(teacher, model, adapter, tmp_path / "b")
+    with pytest.raises(LawcatError, match="operators"):
+        make_bundle(teacher, model, adapter, tmp_path / "b", ops=("tflite",))
+    assert not (tmp_path / "b").exists()
+
+
+def test_large_model_needs_little_memory(tmp_path: Path) -> None:
+    """A model of random weights that exist one block at a time."""
+    import tracemalloc
+
+    geometry = Geometry("mistral", 512, 6, 8, 2, 64, 2048, 4096, False, 1e-5, 1e4)
+    teacher, _, _ = make_student(tmp_path / "t")
+    export_bundle(  # trace outside of what is measured
+        RandomWeights(geometry),
+        geometry,
+        LawcatConfig(),
+        None,
+        tmp_path / "b",
+        tokenizer_files=teacher.folder,
+    )
+    tracemalloc.start()
+    report = export_bundle(
+        RandomWeights(geometry, seed=1),
+        geometry,
+        LawcatConfig(),
+        None,
+        tmp_path / "c",
+        tokenizer_files=teacher.folder,
+        verify=False,
+    )
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert report["bytes"] > 26_000_000
+    assert peak < 60_000_000  # 108 MB of float32 weights went through
+
+
+def test_cut_and_compare() -> None:
+    assert sum(cut(100)) == 100
+    assert cut(3, [1, 5]) == [1, 2]
+    logits = np.random.default_rng(0).standard_normal((4, 9)).astype(np.float32)
+    assert compare(logits, logits).rel_err == 0
+    assert compare(logits, logits + np.float32(1)).kl < 1e-9  # a shift is the same distribution
+    assert compare(logits, -logits).kl > 0.1
+
+
+def test_untrained_bundle_runs_and_rejects_nothing(tmp_path: Path) -> None:
+    teacher, _, _ = make_student(tmp_path / "t")
+    config = LawcatConfig(feature_dim=8)
+    export_bundle(
+        teacher.weights(), teacher.geometry, config, None, tmp_path / "b", tokenizer_files=teacher.folder
+    )
+    engine = Engine(Bundle.open(tmp_path / "b"))
+    tokens = np.arange(50)
+    assert np.isfinite(replay(engine, tokens, [20, 30])).all()
+    genai = json.loads((tmp_path / "b" / "genai_config.json").read_text())
+    assert genai["model"]["vocab_size"] == 257
+    assert Product("fp32").to_dict() == {"kind": "fp32"}
