@@ -40,7 +40,9 @@ def poison() -> None:
         return x.fill_(torch.nan if x.is_floating_point() else torch.iinfo(x.dtype).max)
 
     torch.empty = lambda *a, **k: fill(empty(*a, **k))  # type: ignore[assignment]
-    torch.empty_like = lambda x: fill(empty(x.shape, dtype=x.dtype, device=x.device))
+    torch.empty_like = lambda x, **k: fill(  # type: ignore[assignment]
+        empty(x.shape, **{"dtype": x.dtype, "device": x.device, **k})
+    )
 
 
 def error(ref: torch.Tensor, got: torch.Tensor) -> float:

@@ -181,14 +181,12 @@ def check(device: str) -> dict[str, float]:
     return worst
 
 
-def prefill(clock: Clock, device: str, lengths: list[int], deadline: float) -> list[dict[str, Any]]:
-    forms: dict[str, Any] = {
-        "gla": attention,
-        "layer": layer,
-        "flash": flash,
-        "fla": fla_form(),
-        "torch": torch_form,
-    }
+def prefill(
+    clock: Clock, device: str, lengths: list[int], names: list[str], deadline: float
+) -> list[dict[str, Any]]:
+    # fla-core tries many launches of every kernel before its first row: leave it out when time is short
+    known = {"gla": attention, "layer": layer, "flash": flash, "fla": fla_form, "torch": torch_form}
+    forms: dict[str, Any] = {n: known[n]() if n == "fla" else known[n] for n in names}
     rows: list[dict[str, Any]] = []
     print(
         f"{'prefill':14s} {'T':>7s} "
@@ -309,7 +307,8 @@ def picture(rows: list[dict[str, Any]], path: str) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(SHAPES), figsize=(5 * len(SHAPES), 4), sharey=True)
+    figure, axes = plt.subplots(1, len(SHAPES), figsize=(5 * len(SHAPES), 4), sharey=True, squeeze=False)
+    axes = axes[0]
     for axis, name in zip(axes, SHAPES, strict=True):
         mine = [row for row in rows if row["shape"] == name]
         for form in ("layer", "gla", "flash", "fla", "torch"):
@@ -322,7 +321,8 @@ def picture(rows: list[dict[str, Any]], path: str) -> None:
         if faster:
             axis.axvline(min(faster), color="grey", linestyle=":", label=f"ahead of flash from {min(faster)}")
         axis.set(title=name, xscale="log", yscale="log", xlabel="tokens")
-        axis.legend(fontsize=7)
+        if mine:
+            axis.legend(fontsize=7)
     axes[0].set_ylabel("prefill of one layer, ms")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
@@ -337,6 +337,10 @@ def main() -> int:
         "--seconds", type=float, default=220, help="start no new row after this (%(default)s)"
     )
     parser.add_argument("--tiny", action="store_true", help="dry run in the interpreter, on a CPU")
+    parser.add_argument("--shapes", default=",".join(SHAPES), help="which of them (%(default)s)")
+    parser.add_argument("--lengths", default="", help="prefill lengths (default: 1K to 128K, doubling)")
+    parser.add_argument("--forms", default="gla,layer,flash,fla,torch", help="of prefill (%(default)s)")
+    parser.add_argument("--parts", default="training,decoding,prefill", help="what to time (%(default)s)")
     parser.add_argument("--tune", action="store_true", help="sweep chunk, warps and stages instead")
     parser.add_argument("--warm", help=argparse.SUPPRESS)  # build one shape's kernels and leave
     args = parser.parse_args()
@@ -352,13 +356,19 @@ def main() -> int:
         SHAPES.update(
             {"SmolLM2-135M": (3, 1, 16, 16), "Llama-3.2-1B": (4, 2, 16, 16), "Mistral-7B": (2, 2, 32, 32)}
         )
+    for name in set(SHAPES) - set(args.shapes.split(",")):
+        del SHAPES[name]
+    cases = [case for case in cases if case[0] in SHAPES]
+    if args.lengths:
+        lengths = [int(length) for length in args.lengths.split(",")]
+    parts = args.parts.split(",")
     torch.manual_seed(0)
     clock = Clock(device)
     if args.warm:
         a = inputs(1, 2048, SHAPES[args.warm], torch.bfloat16, device)
         with torch.no_grad():
             layer(a)
-        for _, B, T in [case for case in cases if case[0] == args.warm]:
+        for _, B, T in [case for case in cases if case[0] == args.warm and "training" in parts]:
             for dtype in (torch.bfloat16, torch.float32):
                 b = {k: x.requires_grad_() for k, x in inputs(B, T, SHAPES[args.warm], dtype, device).items()}
                 layer(b).sum().backward()
@@ -368,14 +378,14 @@ def main() -> int:
         print(json.dumps({"tune": rows}))
         return 0
     if not args.tiny:  # building kernels is work for the CPU: all shapes at once
-        warm = [subprocess.Popen([sys.executable, __file__, "--warm", name]) for name in SHAPES]
+        warm = [subprocess.Popen([sys.executable, __file__, "--warm", name, "--parts", args.parts]) for name in SHAPES]
         for worker in warm:
             worker.wait()
     errors = check(device)
     print("worst errors: " + "  ".join(f"{k} {e:.1e}" for k, e in errors.items()), flush=True)
-    trained = training(clock, device, cases, deadline - 100)
-    decoded = decoding(clock, device, sequences)
-    timed = prefill(clock, device, lengths, deadline)
+    trained = training(clock, device, cases, deadline - 100) if "training" in parts else []
+    decoded = decoding(clock, device, sequences) if "decoding" in parts else []
+    timed = prefill(clock, device, lengths, args.forms.split(","), deadline) if "prefill" in parts else []
     fla = fla_form()
     result = {
         "device": torch.cuda.get_device_name() if device == "cuda" else "interpreter",

@@ -92,13 +92,17 @@ def load_tensors(
     data = read_json(folder / "state.json")
     file = folder / "state.safetensors"
     if sha256_file(file) != data.get("sha256"):
-        raise LawcatError(f"{file} is damaged (its sha256 is not the recorded one); remove {folder} and start anew.")
+        raise LawcatError(
+            f"{file} is damaged (its sha256 is not the recorded one); remove {folder} and start anew."
+        )
     tensors = load_file(file)
     steps = data.get("optimizer_steps", {})
     with torch.no_grad():
         for name, parameter in parameters.items():
             if name not in tensors or tensors[name].shape != parameter.shape:
-                raise LawcatError(f"{file} has no {name!r} of the right shape; remove {folder} and start anew.")
+                raise LawcatError(
+                    f"{file} has no {name!r} of the right shape; remove {folder} and start anew."
+                )
             parameter.copy_(tensors[name])
             if optimizer is None or name not in steps:
                 continue

@@ -49,7 +49,9 @@ def distill(
     from accelerate import Accelerator
 
     if settings.stage == "finetune" and start_from is None:
-        raise LawcatError("Stage finetune alone needs an adapter to start from; give --start-from, or --stage both.")
+        raise LawcatError(
+            "Stage finetune alone needs an adapter to start from; give --start-from, or --stage both."
+        )
     accelerator = Accelerator(
         mixed_precision="bf16" if _bf16(settings) else "no", cpu=not torch.cuda.is_available()
     )
@@ -95,7 +97,10 @@ def _run(
         order = ("transfer", "finetune")
         log = TrainLog(
             folder / "train_log.jsonl",
-            lambda r: done is not None and (order.index(r["stage"]), r["step"]) <= (order.index(done.stage), done.step),
+            lambda r: (
+                done is not None
+                and (order.index(r["stage"]), r["step"]) <= (order.index(done.stage), done.step)
+            ),
         )
     backend = choose(settings.backend, next(model.parameters()))
     own_text = None
@@ -119,7 +124,11 @@ def _run(
         groups = _prepare(model, stage, settings)
         if done is not None and stage != done.stage and stages.index(stage) < stages.index(done.stage):
             continue  # finished before the checkpoint, whose tensors hold its result
-        module = TransferStep(model) if stage == "transfer" else FinetuneStep(model, settings.kl_weight, settings.ce_weight)
+        module = (
+            TransferStep(model)
+            if stage == "transfer"
+            else FinetuneStep(model, settings.kl_weight, settings.ce_weight)
+        )
         stage_run = StageRun(
             stage, module, groups, model.adapter_parameters(), settings, accelerator, folder, facts
         )
@@ -128,7 +137,9 @@ def _run(
                 stage_run.resume()
             done = None
 
-        def rows(start: int, length: int = stage_run.seq_len, batch: int = stage_run.global_batch) -> Iterator[Sequence]:
+        def rows(
+            start: int, length: int = stage_run.seq_len, batch: int = stage_run.global_batch
+        ) -> Iterator[Sequence]:
             return sequences(
                 data,
                 tokenizer,
@@ -158,7 +169,12 @@ def _run(
         teacher.sha256,
         tensors,
         model.lora,
-        {"settings": settings.to_dict(), "stages": summary, "backend": backend, "device": str(accelerator.device)},
+        {
+            "settings": settings.to_dict(),
+            "stages": summary,
+            "backend": backend,
+            "device": str(accelerator.device),
+        },
     )
     if accelerator.is_main_process:
         extra = {"train_log.jsonl": (folder / "train_log.jsonl").read_bytes()}

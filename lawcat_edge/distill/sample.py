@@ -60,7 +60,14 @@ def ensure_samples(
             nonlocal done
             done += n
             if done % (n * 64) == 0:
-                report({"stage": "sample", "step": made + done // LENGTH, "steps": count, "tokens": made * LENGTH + done})
+                report(
+                    {
+                        "stage": "sample",
+                        "step": made + done // LENGTH,
+                        "steps": count,
+                        "tokens": made * LENGTH + done,
+                    }
+                )
 
         rows.append(sample_teacher(model, plan[made : made + size], LENGTH, seed=seed + made, progress=tick))
         made += size

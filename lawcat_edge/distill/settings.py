@@ -32,8 +32,8 @@ class DistillSettings:
     batch_size: int = 1
     grad_accumulation: int = 1
     lr_transfer: float = 1e-2
-    lr_lora: float = 1e-3
-    lr_new: float = 1e-3
+    lr_lora: float = 2e-4
+    lr_new: float = 5e-4
     warmup: float = 0.02
     clip: float = 1.0
     lora_rank: int = 8

@@ -46,7 +46,9 @@ class FinetuneStep(nn.Module):
         return loss, {"kl": kl.detach(), "ce": ce.detach()}
 
 
-def head_losses(head: nn.Module, student: Tensor, teacher: Tensor | None, targets: Tensor) -> tuple[Tensor, Tensor]:
+def head_losses(
+    head: nn.Module, student: Tensor, teacher: Tensor | None, targets: Tensor
+) -> tuple[Tensor, Tensor]:
     """Per token: KL(teacher || student) (0 without a teacher) and cross-entropy, both [B,T] in float32.
 
     student and teacher are final hidden states [B,T,D]. Logits are formed a slice at a time and formed again in

@@ -85,9 +85,7 @@ class StageRun:
 
     def save(self) -> None:
         if self.accelerator.is_main_process:
-            save_checkpoint(
-                self.checkpoint, self.saved, self.optimizer.optimizer, self.progress, self.facts
-            )
+            save_checkpoint(self.checkpoint, self.saved, self.optimizer.optimizer, self.progress, self.facts)
         self.accelerator.wait_for_everyone()
 
     def rate(self, step: int) -> float:
@@ -97,7 +95,9 @@ class StageRun:
             return (step + 1) / warm
         return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm)))
 
-    def run(self, sequences: Callable[[int], Iterator[Sequence]], report: Callable[[dict[str, Any]], None]) -> None:
+    def run(
+        self, sequences: Callable[[int], Iterator[Sequence]], report: Callable[[dict[str, Any]], None]
+    ) -> None:
         """Train to the end. ``sequences(start)`` yields this process's share of sequences from number start on."""
         device, settings, progress = self.accelerator.device, self.settings, self.progress
         every = 1 if device.type == "cpu" else 10  # reading the loss makes a GPU wait
@@ -115,7 +115,10 @@ class StageRun:
                 progress.seconds = time.monotonic() - started
                 last = progress.step == self.steps
                 due = progress.step % settings.checkpoint_every == 0
-                late = time.monotonic() - saved > settings.checkpoint_seconds and self.accelerator.num_processes == 1
+                late = (
+                    time.monotonic() - saved > settings.checkpoint_seconds
+                    and self.accelerator.num_processes == 1
+                )
                 if last or due or late or progress.step % every == 0:
                     self._check(pending, report)
                     pending = []
@@ -129,7 +132,9 @@ class StageRun:
         micro, parts, total = self.settings.grad_accumulation, [], []
         self.optimizer.zero_grad(set_to_none=True)
         for i in range(micro):
-            ids, weight = collate([next(feed) for _ in range(self.settings.batch_size)], self.accelerator.device)
+            ids, weight = collate(
+                [next(feed) for _ in range(self.settings.batch_size)], self.accelerator.device
+            )
             syncing = i == micro - 1
             if syncing:
                 loss, part = self.module(ids, weight)
@@ -147,7 +152,9 @@ class StageRun:
         mean = {k: torch.stack([p[k] for p in parts if k in p]).mean(0) for k in parts[-1]}
         return torch.stack(total).mean(), mean
 
-    def _check(self, pending: list[tuple[Tensor, dict[str, Tensor]]], report: Callable[[dict[str, Any]], None]) -> None:
+    def _check(
+        self, pending: list[tuple[Tensor, dict[str, Tensor]]], report: Callable[[dict[str, Any]], None]
+    ) -> None:
         """Log the pending steps; stop on NaN or explosion, naming the layer, before anything is saved."""
         progress = self.progress
         first = progress.step - len(pending)
@@ -156,22 +163,38 @@ class StageRun:
             layers = parts["layers"].tolist() if "layers" in parts else None
             if not math.isfinite(loss):
                 raise Diverged(self._message("the loss is no longer a number", layers))
-            progress.smoothed = loss if progress.smoothed == 0 else SMOOTHING * progress.smoothed + (1 - SMOOTHING) * loss
+            progress.smoothed = (
+                loss if progress.smoothed == 0 else SMOOTHING * progress.smoothed + (1 - SMOOTHING) * loss
+            )
             progress.best = min(progress.best, progress.smoothed)
             if progress.smoothed > EXPLODED * progress.best:
-                raise Diverged(self._message(f"the loss rose to {EXPLODED:g} times its best ({loss:.3g})", layers))
-            record: dict[str, Any] = {"stage": self.stage, "step": first + i + 1, "steps": self.steps, "loss": loss}
+                raise Diverged(
+                    self._message(f"the loss rose to {EXPLODED:g} times its best ({loss:.3g})", layers)
+                )
+            record: dict[str, Any] = {
+                "stage": self.stage,
+                "step": first + i + 1,
+                "steps": self.steps,
+                "loss": loss,
+            }
             record |= {k: float(v) for k, v in parts.items() if v.ndim == 0}
             if layers is not None:
                 record["layers"] = [float(f"{value:.6g}") for value in layers]
-            record |= {"tokens": (first + i + 1) * self.global_batch * self.seq_len, "seconds": round(progress.seconds, 3)}
+            record |= {
+                "tokens": (first + i + 1) * self.global_batch * self.seq_len,
+                "seconds": round(progress.seconds, 3),
+            }
             report(record)
 
     def _message(self, what: str, layers: list[float] | None) -> str:
         if layers is None:
             bad = next((n for n, p in self.parameters.items() if not bool(torch.isfinite(p).all())), None)
             bad = bad or next(
-                (n for n, p in self.parameters.items() if p.grad is not None and not bool(torch.isfinite(p.grad).all())),
+                (
+                    n
+                    for n, p in self.parameters.items()
+                    if p.grad is not None and not bool(torch.isfinite(p.grad).all())
+                ),
                 "none of the trained parameters (the hidden states themselves)",
             )
             where = f"first seen in {bad}"
@@ -210,7 +233,9 @@ def prefetch(rows: Iterator[Sequence], depth: int = 64) -> Iterator[Sequence]:
         if isinstance(row, BaseException):
             raise row
         yield row
-    raise LawcatError("The data ended before the tokens asked for were read; give more text or fewer --tokens.")
+    raise LawcatError(
+        "The data ended before the tokens asked for were read; give more text or fewer --tokens."
+    )
 
 
 class TrainLog:
