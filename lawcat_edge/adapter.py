@@ -1,13 +1,14 @@
 """The adapter: all that distillation adds to a teacher, a few MB in a folder.
 
-    lawcat_config.json     LawcatConfig, geometry, LoRA rank and alpha, the teacher's name and sha256, training facts
-    adapter.safetensors    conv taps, feature map, gate, omega, LoRA A and B (names in ``LawcatModel``)
-    train_log.jsonl        one line per logged step
+lawcat_config.json     LawcatConfig, geometry, LoRA rank and alpha, the teacher's name and sha256, training
+adapter.safetensors    conv taps, feature map, gate, omega, LoRA A and B (names in ``LawcatModel``)
+train_log.jsonl        one line per logged step
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,8 +43,8 @@ class Adapter:
     def check_teacher(self, teacher: Teacher) -> None:
         if teacher.sha256 != self.teacher_sha256:
             raise LawcatError(
-                f"This adapter belongs to the teacher {self.teacher!r} (sha256 {self.teacher_sha256[:12]}…), not to "
-                f"{teacher.name!r} ({teacher.sha256[:12]}…); give the teacher that it was trained on."
+                f"This adapter belongs to the teacher {self.teacher!r} (sha256 {self.teacher_sha256[:12]}…), "
+                f"not to {teacher.name!r} ({teacher.sha256[:12]}…); give the teacher that it was trained on."
             )
 
     def expected_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -72,14 +73,21 @@ class Adapter:
         return {f"layers.{i}.{name}": shape for i in range(g.num_layers) for name, shape in new.items()}
 
     def save(self, folder: Path, half: bool = False, extra: dict[str, bytes] | None = None) -> None:
-        """Write the whole folder at once (a kill leaves the old one); ``half`` stores float16, for publishing.
+        """Write the whole folder at once (a kill leaves the old one); ``half``: float16, for publishing.
 
         extra: more files of the folder by name (the training log, plots, the model card).
         """
         from safetensors.numpy import save
 
         dtype = np.float16 if half else np.float32
-        tensors = {k: np.ascontiguousarray(v, dtype=dtype) for k, v in self.tensors.items()}
+        with np.errstate(over="ignore"):  # what float16 cannot hold is refused by name below
+            tensors = {k: np.ascontiguousarray(v, dtype=dtype) for k, v in self.tensors.items()}
+        for name, value in tensors.items():
+            if not np.isfinite(value).all():
+                raise LawcatError(
+                    f"The adapter was not written to {folder}: {name!r} holds NaN or numbers beyond "
+                    f"{value.dtype}; train at a lower rate{', or leave --half away' if half else ''}."
+                )
         with atomic_folder(folder, "lawcat_config.json") as building:
             (building / "adapter.safetensors").write_bytes(save(tensors))
             for name, content in (extra or {}).items():
@@ -101,11 +109,15 @@ class Adapter:
         folder = Path(folder)
         path = folder / "lawcat_config.json"
         if not path.is_file():
-            raise LawcatError(f"{folder} is no adapter: it has no lawcat_config.json; make one with lawcat-edge distill.")
+            raise LawcatError(
+                f"{folder} is no adapter: it has no lawcat_config.json; make one with lawcat-edge distill."
+            )
         data = read_json(path)
         check = functools.partial(_field, data, path)
         if check("format", int) != FORMAT:
-            raise LawcatError(f"{path} has format {data['format']}, this version reads {FORMAT}; update lawcat-edge.")
+            raise LawcatError(
+                f"{path} has format {data['format']}, this version reads {FORMAT}; update lawcat-edge."
+            )
         lora = data.get("lora")
         if lora is not None:
             rank, alpha = (lora.get("rank"), lora.get("alpha")) if isinstance(lora, dict) else (None, None)
@@ -116,10 +128,12 @@ class Adapter:
             raise LawcatError(f"{folder} has no adapter.safetensors; copy the whole adapter folder.")
         digest = sha256_file(file)
         if digest != check("tensors_sha256", str):
-            raise LawcatError(f"{file} is damaged or from another adapter: its sha256 is not the recorded one; copy it anew.")
+            raise LawcatError(
+                f"{file} is damaged or of another adapter: its sha256 is not the recorded one; copy it anew."
+            )
         adapter = cls(
-            config=LawcatConfig.from_dict(check("lawcat", dict)),
-            geometry=Geometry.from_dict(check("geometry", dict)),
+            config=_within(path, "lawcat", LawcatConfig.from_dict, check("lawcat", dict)),
+            geometry=_within(path, "geometry", Geometry.from_dict, check("geometry", dict)),
             teacher=check("teacher", str),
             teacher_sha256=check("teacher_sha256", str),
             tensors=_read_tensors(file),
@@ -131,17 +145,30 @@ class Adapter:
         for name in sorted(set(expected) | set(adapter.tensors)):
             got = adapter.tensors[name].shape if name in adapter.tensors else None
             if got != expected.get(name):
-                raise LawcatError(f"{file}: tensor {name!r} is {got}, the config asks for {expected.get(name)}.")
+                raise LawcatError(
+                    f"{file}: tensor {name!r} is {got}, the config asks for {expected.get(name)}."
+                )
             if not np.isfinite(adapter.tensors[name]).all():
-                raise LawcatError(f"{file}: tensor {name!r} holds NaN or infinity; distil again or copy it anew.")
+                raise LawcatError(
+                    f"{file}: tensor {name!r} holds NaN or infinity; distil again or copy it anew."
+                )
         return adapter
 
 
 def _field(data: Any, path: Path, name: str, kind: type) -> Any:
     value = data.get(name) if isinstance(data, dict) else None
     if type(value) is not kind:
-        raise LawcatError(f"{path}: field {name!r} is missing or is no {kind.__name__}; copy the adapter anew.")
+        raise LawcatError(
+            f"{path}: field {name!r} is missing or is no {kind.__name__}; copy the adapter anew."
+        )
     return value
+
+
+def _within(path: Path, name: str, make: Callable[[dict[str, Any]], Any], value: dict[str, Any]) -> Any:
+    try:
+        return make(value)
+    except LawcatError as error:
+        raise LawcatError(f"{path}: field {name!r}: {error}") from error
 
 
 def _read_tensors(file: Path) -> dict[str, np.ndarray]:
@@ -152,9 +179,14 @@ def _read_tensors(file: Path) -> dict[str, np.ndarray]:
         with safe_open(file, framework="numpy") as handle:
             for name in handle.keys():  # noqa: SIM118 (safe_open is no dict)
                 view = handle.get_slice(name)
-                if view.get_dtype() not in ("F16", "F32") or int(np.prod(view.get_shape())) * 4 > MAX_TENSOR_BYTES:
+                if (
+                    view.get_dtype() not in ("F16", "F32")
+                    or int(np.prod(view.get_shape())) * 4 > MAX_TENSOR_BYTES
+                ):
                     raise LawcatError(f"{file}: tensor {name!r} must be F16 or F32 and below 2 GiB.")
                 tensors[name] = handle.get_tensor(name).astype(np.float32)
     except SafetensorError as error:
-        raise LawcatError(f"{file} is no readable safetensors file ({error}); copy the adapter anew.") from None
+        raise LawcatError(
+            f"{file} is no readable safetensors file ({error}); copy the adapter anew."
+        ) from None
     return tensors

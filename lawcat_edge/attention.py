@@ -17,6 +17,7 @@ largest score; without a window y = n / (z + eps).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,9 +47,9 @@ class LayerState:
 
 
 class LawcatAttention(nn.Module):
-    """Drop-in for one layer's self-attention; keeps the teacher's projections and can still run as the teacher."""
+    """Drop-in for one layer's self-attention; keeps the teacher's projections and can run as the teacher."""
 
-    def __init__(self, teacher: nn.Module, geometry: Geometry, config: LawcatConfig, backend: str = "auto") -> None:
+    def __init__(self, teacher: Any, geometry: Geometry, config: LawcatConfig, backend: str = "auto") -> None:
         super().__init__()
         self.q_proj, self.k_proj = teacher.q_proj, teacher.k_proj
         self.v_proj, self.o_proj = teacher.v_proj, teacher.o_proj
@@ -105,7 +106,7 @@ class LawcatAttention(nn.Module):
         q, k = rotate(q, rotary), rotate(k, rotary)
         T, limit = q.shape[1], self.geometry.sliding_window
         mask = None
-        if limit is not None and T > limit:
+        if limit is not None and limit < T:
             ages = torch.arange(T, device=q.device)[:, None] - torch.arange(T, device=q.device)
             mask = (ages >= 0) & (ages < limit)
         y = F.scaled_dot_product_attention(
@@ -121,12 +122,18 @@ class LawcatAttention(nn.Module):
     # -- the student -----------------------------------------------------------------------------------------
 
     def linear(
-        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rotary: tuple[Tensor, Tensor], state: LayerState | None
+        self,
+        x: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        state: LayerState | None,
     ) -> tuple[Tensor, LayerState | None]:
-        """The student's attention before the output projection: y [B,T,H,d], and the state after these tokens.
+        """The student's attention before the output projection, y [B,T,H,d], and the state after it.
 
         rotary: cos and sin [T,d] at the tokens' positions, in use by the linear branch (``rope``) alone; the
-        window rotates at positions of its own. Without a state, the text starts here and no state is returned.
+        window rotates at positions of its own. Without a state, the text starts here and none is returned.
         """
         g, c = self.geometry, self.config
         H, d = g.num_heads, g.head_dim
@@ -149,9 +156,12 @@ class LawcatAttention(nn.Module):
         if state is None:
             return y.to(v.dtype), None
         T, w = x.shape[1], c.window
-        after = LayerState(torch.cat([conv_q, conv_k], 1), torch.cat([S, z[..., None]], -1), seen=state.seen + T)
+        after = LayerState(
+            torch.cat([conv_q, conv_k], 1), torch.cat([S, z[..., None]], -1), seen=state.seen + T
+        )
         if w:
-            assert state.window_key is not None and state.window_value is not None
+            assert state.window_key is not None
+            assert state.window_value is not None
             keys = torch.cat([state.window_key, k.transpose(1, 2)], 2)
             values = torch.cat([state.window_value, v.transpose(1, 2)], 2)
             after.window_key, after.window_value = keys[:, :, T:], values[:, :, T:]
@@ -164,11 +174,13 @@ class LawcatAttention(nn.Module):
             logits = (x.to(dtype) @ self.gate_a) @ self.gate_b + self.gate_bias
             return F.logsigmoid(logits).unflatten(-1, (-1, self.config.key_dim)) / self.config.gate_divisor
 
-    def window_attention(self, q: Tensor, k: Tensor, v: Tensor, state: LayerState | None) -> tuple[Tensor, Tensor]:
-        """Softmax attention over the last w tokens: numerator [B,T,H,d] and denominator [B,T,H,1], row-scaled.
+    def window_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, state: LayerState | None
+    ) -> tuple[Tensor, Tensor]:
+        """Softmax attention over the last w tokens: numerator [B,T,H,d], denominator [B,T,H,1], row-scaled.
 
-        Queries in blocks of c see c + w - 1 keys. Scores depend on distance alone, so every block uses the same
-        local positions: they stay right past any length.
+        Queries in blocks of c see c + w - 1 keys. Scores depend on distance alone, so every block uses the
+        same local positions: they stay right past any length.
         """
         B, T, H, d = q.shape
         G, w = k.shape[2], self.config.window
@@ -224,6 +236,8 @@ def rotary_tables(geometry: Geometry, start: int, length: int, device: torch.dev
     return angles.cos() * scale, angles.sin() * scale
 
 
-def local_rotary(geometry: Geometry, length: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def local_rotary(
+    geometry: Geometry, length: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     cos, sin = rotary_tables(geometry, 0, length, device)
     return cos.to(dtype), sin.to(dtype)

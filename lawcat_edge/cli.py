@@ -9,10 +9,11 @@ from __future__ import annotations
 import errno
 import importlib
 import os
+import re
 import sys
 from collections.abc import Mapping
+from typing import Any
 
-import click
 import typer
 from typer.core import TyperGroup
 from typer.main import get_command_from_info
@@ -21,6 +22,7 @@ from typer.models import CommandInfo
 from lawcat_edge import __version__
 from lawcat_edge.runtime.errors import LawcatError
 
+INTERRUPTED = 130
 COMMANDS = {
     "demo": "The main job on the embedded teacher, start to end.",
     "distill": "Train an adapter: a teacher's attention becomes linear.",
@@ -33,28 +35,37 @@ COMMANDS = {
     "compare": "Accuracy against size of several schemes.",
     "bench": "Speed and memory of a bundle by length of text.",
 }
+# Newer versions of typer carry a click of their own and older ones need the package; this fits both.
+_ClickException: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 _EXTRA_OF = {"typer": "", "matplotlib": "build", "pyarrow": "data", "triton": "triton", "starlette": "serve"}
+_NO_MEMORY = re.compile(r"out of memory|can't allocate memory", re.IGNORECASE)
 
 
 class Lazy(TyperGroup):
     """A group that knows its commands' names and imports one only to run it or to show its help."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
+    def list_commands(self, ctx: Any) -> list[str]:
         return list(COMMANDS)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in COMMANDS:
             return None
         function = getattr(importlib.import_module(f"lawcat_edge.commands.{cmd_name}"), cmd_name)
         info = CommandInfo(name=cmd_name, callback=function, help=function.__doc__)
         return get_command_from_info(info, pretty_exceptions_short=True, rich_markup_mode=None)
 
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
 
 
-app = typer.Typer(cls=Lazy, add_completion=False, rich_markup_mode=None, no_args_is_help=True)
+app = typer.Typer(
+    cls=Lazy,
+    add_completion=False,
+    rich_markup_mode=None,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
 
 
 def _version(show: bool) -> None:
@@ -65,7 +76,9 @@ def _version(show: bool) -> None:
 
 @app.callback()
 def root(
-    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Show the version."),
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Show the version."
+    ),
 ) -> None:
     """Put a long-context language model of constant memory on a phone-class CPU.
 
@@ -82,13 +95,12 @@ def run(arguments: list[str] | None = None, environment: Mapping[str, str] = os.
     """Run the command line; the exit code instead of an exception, unless LAWCAT_EDGE_DEBUG is set."""
     try:
         result = app(args=arguments, prog_name="lawcat-edge", standalone_mode=False)
-        return result if isinstance(result, int) else 0
-    except click.ClickException as error:
+        code = result if isinstance(result, int) else 0
+    except _ClickException as error:
         error.show()
         return 2
-    except (KeyboardInterrupt, click.Abort):
-        print("Interrupted; nothing half-written was left in place.", file=sys.stderr)
-        return 130
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
     except Exception as error:
         if environment.get("LAWCAT_EDGE_DEBUG"):
             raise
@@ -96,7 +108,9 @@ def run(arguments: list[str] | None = None, environment: Mapping[str, str] = os.
         if message is None:
             raise
         print(f"Error: {message}", file=sys.stderr)
-        return code
+    if code == INTERRUPTED:  # typer turns Ctrl-C into this code itself
+        print("Interrupted; nothing half-written was left in place.", file=sys.stderr)
+    return code
 
 
 def explain(error: Exception) -> tuple[str | None, int]:
@@ -106,16 +120,31 @@ def explain(error: Exception) -> tuple[str | None, int]:
     if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("lawcat_edge"):
         extra = _EXTRA_OF.get(str(error.name).split(".")[0], "build")
         return f"This command needs the package {error.name}; run pip install 'lawcat-edge[{extra}]'.", 2
+    if _is_disk_full(error):
+        return f"The disk is full{_at(error)}; free some space and run the command again.", 2
     if isinstance(error, OSError) and error.errno is not None:
-        if error.errno == errno.ENOSPC:
-            return f"The disk is full{_at(error)}; free some space and run the command again.", 2
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            return f"No permission to write or read{_at(error)}; choose another place or change the permission.", 2
+            return (
+                f"No permission to write or read{_at(error)}; choose another place or change the permission.",
+                2,
+            )
         return f"{os.strerror(error.errno)}{_at(error)}; check the path and run the command again.", 2
-    if isinstance(error, MemoryError):
+    text = str(error).strip().split("\n")[0]
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(text)):
         return "Memory ran out; close other programs, or use a smaller batch or model.", 2
+    if isinstance(error, UnicodeDecodeError):
+        return f"A file is not UTF-8 text (byte {error.start:,}); convert it to UTF-8 first.", 2
+    if isinstance(error, OSError) and text:  # no number: transformers, numpy and the hub word their own
+        return f"{text.rstrip('.')}; check the file or the name and run the command again.", 2
     return None, 1
 
 
-def _at(error: OSError) -> str:
-    return f" ({error.filename})" if error.filename else ""
+def _is_disk_full(error: Exception) -> bool:
+    # safetensors writes from Rust and raises an error of its own, with the system's number in the text
+    rust = type(error).__name__ == "SafetensorError" and f"os error {errno.ENOSPC}" in str(error)
+    return rust or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT))
+
+
+def _at(error: Exception) -> str:
+    name = getattr(error, "filename", None)
+    return f" ({name})" if name else ""

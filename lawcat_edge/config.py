@@ -30,7 +30,12 @@ class LawcatConfig:
     eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        limits = {"conv_kernel": (2, 16), "feature_dim": (1, 1024), "gate_rank": (1, 1024), "window": (0, 8192)}
+        limits = {
+            "conv_kernel": (2, 16),
+            "feature_dim": (1, 1024),
+            "gate_rank": (1, 1024),
+            "window": (0, 8192),
+        }
         for name, (low, high) in limits.items():
             value = getattr(self, name)
             if type(value) is not int or not low <= value <= high:
@@ -55,5 +60,7 @@ class LawcatConfig:
         known = {field.name for field in fields(cls)}
         unknown = sorted(set(data) - known)
         if unknown:
-            raise LawcatError(f"Unknown setting {unknown[0]!r} in the LAWCAT config; known are {sorted(known)}.")
+            raise LawcatError(
+                f"Unknown setting {unknown[0]!r} in the LAWCAT config; known are {sorted(known)}."
+            )
         return cls(**data)

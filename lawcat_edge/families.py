@@ -111,7 +111,7 @@ class Geometry:
         scaling = self.rope_scaling
         if scaling is None:
             return freq
-        kind = scaling.get("rope_type")
+        kind = scaling.get("rope_type") if isinstance(scaling, dict) else scaling
         if kind not in ROPE_TYPES:
             raise LawcatError(
                 f"Rope scaling {kind!r} is not supported; take a teacher with {', '.join(ROPE_TYPES)}."
@@ -155,7 +155,9 @@ class Geometry:
     @classmethod
     def from_hf(cls, config: Any) -> Geometry:
         """From a transformers config object or its dict (``config.json``), old and new rope keys alike."""
-        data = config if isinstance(config, dict) else config.to_dict()
+        data = config.to_dict() if hasattr(config, "to_dict") else config
+        if not isinstance(data, dict):
+            raise LawcatError("config.json must hold one JSON object; get the model anew.")
         family = str(data.get("model_type"))
         if family not in FAMILIES:
             raise LawcatError(
@@ -199,6 +201,8 @@ class Geometry:
             )
         except KeyError as missing:
             raise LawcatError(f"config.json has no {missing}; the teacher's folder is incomplete.") from None
+        except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+            raise LawcatError(f"config.json holds a wrong value ({error}); get the model anew.") from None
 
 
 def _own_window(family: str, data: dict[str, Any]) -> int | None:

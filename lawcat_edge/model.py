@@ -1,8 +1,9 @@
-"""A language model that is teacher and student at once: the teacher's modules, with LAWCAT attention in each layer."""
+"""A language model that is teacher and student at once: the teacher's modules with LAWCAT attention."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from lawcat_edge.teacher import Teacher
 class LawcatLayer(nn.Module):
     """One decoder layer: x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, teacher: nn.Module, geometry: Geometry, config: LawcatConfig, backend: str) -> None:
+    def __init__(self, teacher: Any, geometry: Geometry, config: LawcatConfig, backend: str) -> None:
         super().__init__()
         self.input_layernorm = teacher.input_layernorm
         self.self_attn = LawcatAttention(teacher.self_attn, geometry, config, backend)
@@ -44,8 +45,8 @@ class LawcatLayer(nn.Module):
     def transfer(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Teacher-forced step: the next hidden state, and the squared error of the student's attention.
 
-        The student sees the teacher's hidden state and is compared before the output projection, so its gradient
-        stays within the layer.
+        The student sees the teacher's hidden state and is compared before the output projection, so its
+        gradient stays within the layer.
         """
         attn = self.self_attn
         with torch.no_grad():
@@ -60,14 +61,16 @@ class LawcatLayer(nn.Module):
 class LawcatModel(nn.Module):
     """Student language model around a teacher's weights.
 
-    ``forward`` runs the student from any state; ``teacher_hidden`` the teacher; ``transfer_losses`` both at once.
+    ``forward`` runs the student from any state, ``teacher_hidden`` the teacher, ``transfer_losses`` both.
     """
 
-    def __init__(self, hf_model: nn.Module, geometry: Geometry, config: LawcatConfig, backend: str = "auto") -> None:
+    def __init__(
+        self, hf_model: Any, geometry: Geometry, config: LawcatConfig, backend: str = "auto"
+    ) -> None:
         super().__init__()
         self.geometry, self.config, self.backend = geometry, config, backend
         self.embed_tokens = hf_model.model.embed_tokens
-        self.layers = nn.ModuleList(
+        self.layers: Any = nn.ModuleList(
             LawcatLayer(layer, geometry, config, backend) for layer in hf_model.model.layers
         )
         self.norm = hf_model.model.norm
@@ -156,7 +159,8 @@ class LawcatModel(nn.Module):
         from peft import LoraConfig, inject_adapter_in_model
 
         targets = ["q_proj", "k_proj", "v_proj", "o_proj"]
-        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets), self)
+        scaled: Any = alpha  # peft writes int and means a number
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=scaled, target_modules=targets), self)
         self.requires_grad_(False)
         for parameter in self.lora_parameters().values():
             parameter.requires_grad_(True)
@@ -190,7 +194,8 @@ class LawcatModel(nn.Module):
                 value = torch.from_numpy(adapter.tensors[name])
                 if value.shape != parameter.shape:
                     raise LawcatError(
-                        f"Adapter tensor {name!r} has shape {list(value.shape)}, the model needs {list(parameter.shape)}."
+                        f"Adapter tensor {name!r} has shape {list(value.shape)}, "
+                        f"the model needs {list(parameter.shape)}."
                     )
                 parameter.copy_(value)
 

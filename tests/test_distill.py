@@ -20,7 +20,12 @@ from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.teacher import resolve
 
 SMALL = DistillSettings(
-    transfer_tokens=64 * 8, finetune_tokens=64 * 8, seq_len=64, finetune_seq_len=64, window=4, checkpoint_every=3
+    transfer_tokens=64 * 8,
+    finetune_tokens=64 * 8,
+    seq_len=64,
+    finetune_seq_len=64,
+    window=4,
+    checkpoint_every=3,
 )
 
 
@@ -112,7 +117,11 @@ def test_an_exploding_loss_stops(folder, monkeypatch):
     monkeypatch.setattr(train, "EXPLODED", 1.5)
     monkeypatch.setattr(train, "SMOOTHING", 0.5)
     with pytest.raises(train.Diverged, match="finetune"):
-        run(folder, "boom", SMALL.with_changes({"lr_lora": 900.0, "lr_new": 50.0, "finetune_tokens": 64 * 60, "clip": 0}))
+        run(
+            folder,
+            "boom",
+            SMALL.with_changes({"lr_lora": 900.0, "lr_new": 50.0, "finetune_tokens": 64 * 60, "clip": 0}),
+        )
 
 
 def test_transfer_gradients_stay_in_their_layer(folder):
@@ -181,7 +190,9 @@ def test_bad_settings_are_refused_in_one_sentence(changes, message):
 
 
 def test_teacher_text_is_sampled_once_and_used(folder):
-    settings = SMALL.with_changes({"task_mix": "text:0.5,teacher:0.5", "teacher_tokens": 1000, "stage": "transfer"})
+    settings = SMALL.with_changes(
+        {"task_mix": "text:0.5,teacher:0.5", "teacher_tokens": 1000, "stage": "transfer"}
+    )
     run(folder, "own", settings)
     samples = np.load(folder / "own.run" / "teacher_samples.npy", allow_pickle=False)
     assert samples.shape == (1, 1024)

@@ -1,4 +1,4 @@
-"""A small random teacher of any supported family, saved as a real model folder with a byte-level tokenizer."""
+"""A small random teacher of any supported family, in a real model folder with a byte-level tokenizer."""
 
 from __future__ import annotations
 
@@ -54,7 +54,10 @@ def make_teacher(folder: Path, family: str = "llama", seed: int = 0, **changes: 
 
 def write_corpus(path: Path, documents: int = 40) -> Path:
     """Plain text, documents parted by form feeds."""
-    words = "the sea took a grey light and every boat lay still under it while men spoke of bread rope and rain".split()
+    text = (
+        "the sea took a grey light and every boat lay still under it while men spoke of bread rope and rain"
+    )
+    words = text.split()
     generator = torch.Generator().manual_seed(1)
     texts = []
     for _ in range(documents):

@@ -13,9 +13,12 @@ def distill(
     teacher: Annotated[str, typer.Argument(help="Folder, GGUF file, hub id, or smollm2.")],
     out: Annotated[Path, typer.Option(help="Adapter folder to write.")],
     data: Annotated[
-        list[str] | None, typer.Option(help="Text, JSONL, Parquet, globs, tokenised .bin, hub:NAME; repeatable.")
+        list[str] | None,
+        typer.Option(help="Text, JSONL, Parquet, globs, tokenised .bin, hub:NAME; repeatable."),
     ] = None,
-    recipe: Annotated[str | None, typer.Option(help="general, general-window, passkey, or a JSON file.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="general, general-window, passkey, or a JSON file.")
+    ] = None,
     stage: Annotated[str | None, typer.Option(help="transfer, finetune or both.")] = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens of each stage.")] = None,
     transfer_tokens: Annotated[int | None, typer.Option(help="Tokens of attention transfer.")] = None,
@@ -25,12 +28,16 @@ def distill(
     batch_size: Annotated[int | None, typer.Option(help="Sequences a process takes at once.")] = None,
     grad_accumulation: Annotated[int | None, typer.Option(help="Batches summed before a step.")] = None,
     window: Annotated[int | None, typer.Option(help="Tokens of softmax attention mixed in; 0: none.")] = None,
-    rope: Annotated[bool | None, typer.Option("--rope/--no-rope", help="Rotary in the linear branch.")] = None,
+    rope: Annotated[
+        bool | None, typer.Option("--rope/--no-rope", help="Rotary in the linear branch.")
+    ] = None,
     feature_dim: Annotated[int | None, typer.Option(help="Feature width f; 0: half the head width.")] = None,
     task_mix: Annotated[str | None, typer.Option(help='Shares, as in "text:0.7,passkey:0.3".')] = None,
     lr_transfer: Annotated[float | None, typer.Option(help="Learning rate of attention transfer.")] = None,
     lr_lora: Annotated[float | None, typer.Option(help="Learning rate of the low-rank updates.")] = None,
-    lr_new: Annotated[float | None, typer.Option(help="Rate of the new parameters while fine-tuning.")] = None,
+    lr_new: Annotated[
+        float | None, typer.Option(help="Rate of the new parameters while fine-tuning.")
+    ] = None,
     lora_rank: Annotated[int | None, typer.Option(help="Rank of the low-rank updates.")] = None,
     kl_weight: Annotated[float | None, typer.Option(help="Weight of KL to the teacher.")] = None,
     ce_weight: Annotated[float | None, typer.Option(help="Weight of next-token cross-entropy.")] = None,
@@ -42,7 +49,9 @@ def distill(
     start_from: Annotated[Path | None, typer.Option(help="Adapter to go on from.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
     half: Annotated[bool, typer.Option("--half", help="Store float16 (for publishing).")] = False,
-    seed: Annotated[int | None, typer.Option(help="Seed of data order and initial parameters.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Seed of data order and initial parameters.")
+    ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Distil TEACHER into a LAWCAT adapter: attention transfer, then low-rank fine-tuning.
@@ -80,12 +89,16 @@ def distill(
     if base is not None:
         base.check_teacher(source)
     with training_progress() as progress:
-        adapter = run(source, data or [], out, settings, start_from=base, resume=resume, report=progress, half=half)
+        adapter = run(
+            source, data or [], out, settings, start_from=base, resume=resume, report=progress, half=half
+        )
     if json_:
         print(json.dumps({"adapter": str(out), "sha256": adapter.sha256, **adapter.training}))
     else:
         for name, facts in adapter.training["stages"].items():
-            print(f"{name}: {facts['tokens']:,} tokens in {facts['seconds']:,.0f} s, loss {facts['loss']:.4g}")
+            print(
+                f"{name}: {facts['tokens']:,} tokens in {facts['seconds']:,.0f} s, loss {facts['loss']:.4g}"
+            )
         print(f"The adapter is in {out}. Next: lawcat-edge export {teacher} --adapter {out} --out bundle")
 
 
@@ -97,7 +110,9 @@ def _parsed(pairs: list[str], known: dict[str, Any]) -> dict[str, Any]:
     for pair in pairs:
         name, equals, text = pair.partition("=")
         if not equals or name not in known:
-            raise LawcatError(f"--set takes NAME=VALUE with a known setting, not {pair!r}; known: {', '.join(known)}.")
+            raise LawcatError(
+                f"--set takes NAME=VALUE with a known setting, not {pair!r}; known: {', '.join(known)}."
+            )
         kind = type(known[name])
         try:
             values[name] = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)

@@ -1,9 +1,9 @@
 """Checkpoints: everything a run needs to go on exactly where it was, in safetensors and JSON.
 
-    state.safetensors   adapter parameters by name, and AdamW's moments as ``exp_avg/<name>``, ``exp_avg_sq/<name>``
-    state.json          stage, step, tokens, settings, teacher, sha256 of the tensors, loss scale for the guard
+    state.safetensors   parameters by name; AdamW's moments as ``exp_avg/<name>``, ``exp_avg_sq/<name>``
+    state.json          stage, step, tokens, settings, teacher, sha256 of the tensors, the guard's yardstick
 
-The data position needs no file: sequences are a function of seed and index, and the index follows from the step.
+The data position needs no file: sequences are a function of seed and index, and the step gives the index.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FORMAT = 1
 
 @dataclass
 class Progress:
-    """Where a run stands. best: smallest smoothed loss of the stage so far (the explosion guard's yardstick)."""
+    """Where a run stands. best: smallest smoothed loss of the stage so far (the guard's yardstick)."""
 
     stage: str
     step: int = 0
@@ -71,8 +71,8 @@ def read_progress(folder: Path, facts: dict[str, Any]) -> Progress:
             if isinstance(value, dict) and isinstance(data.get(name), dict):
                 differing = next((k for k in value if data[name].get(k) != value[k]), name)
             raise LawcatError(
-                f"The checkpoint in {folder} was made with another {differing!r}; resume with the same settings, or "
-                f"remove the folder and start anew."
+                f"The checkpoint in {folder} was made with another {differing!r}; resume with the same "
+                f"settings, or remove the folder and start anew."
             )
     try:
         values = dict(data["progress"])

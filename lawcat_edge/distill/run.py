@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence as Rows
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Rows
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,9 @@ def distill(
 ) -> Adapter:
     """Run the stages that ``settings`` name and write the adapter to ``out``.
 
-    data: files, globs or hub data sets. start_from: an adapter to go on from (needed for stage ``finetune`` alone).
+    data: files, globs or hub data sets. start_from: an adapter to go on from (stage ``finetune`` needs it).
     While running, log and checkpoint live in ``OUT.run`` beside the target; ``resume`` goes on from there.
-    report: called with every log record. Raises LawcatError for what the user can mend, Diverged for a bad loss.
+    report: called with every log record. Raises LawcatError for the user's mistakes, Diverged for a bad loss.
     """
     from accelerate import Accelerator
 
@@ -56,8 +57,24 @@ def distill(
         mixed_precision="bf16" if _bf16(settings) else "no", cpu=not torch.cuda.is_available()
     )
     folder = out.with_name(out.name + ".run")
+    _check_target(out)
+    if accelerator.is_main_process:
+        out.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder) if accelerator.is_main_process else contextlib.nullcontext():
-        return _run(teacher, data, out, settings, start_from, resume, report, half, accelerator, folder)
+        try:
+            return _run(teacher, data, out, settings, start_from, resume, report, half, accelerator, folder)
+        except BaseException:
+            if accelerator.is_main_process and not (folder / "checkpoint").exists():
+                shutil.rmtree(folder, ignore_errors=True)  # nothing in it can be resumed
+            raise
+
+
+def _check_target(out: Path) -> None:
+    """Refuse a place that the adapter could not be written to, before the hours of training."""
+    if out.exists() and not out.is_dir():
+        raise LawcatError(f"{out} exists and is no folder; choose another place for the adapter.")
+    if out.is_dir() and any(out.iterdir()) and not (out / "lawcat_config.json").is_file():
+        raise LawcatError(f"{out} holds other files than an adapter; choose another folder.")
 
 
 def _run(
@@ -88,6 +105,9 @@ def _run(
     if resume and not (checkpoint / "state.json").is_file():
         raise LawcatError(f"There is no checkpoint to resume in {folder}; leave --resume away to start.")
     done = read_progress(checkpoint, facts) if resume else None
+    backend = choose(settings.backend, next(model.parameters()))
+    if data:  # a bad file is found now, before an earlier run's folder gives way to this one
+        next(sequences(data, tokenizer, settings.seq_len, settings.seed), None)
     if done is None and accelerator.is_main_process:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -102,7 +122,6 @@ def _run(
                 and (order.index(r["stage"]), r["step"]) <= (order.index(done.stage), done.step)
             ),
         )
-    backend = choose(settings.backend, next(model.parameters()))
     own_text = None
     if "teacher" in parse_mix(settings.task_mix):
         samples = folder / "teacher_samples.npy"

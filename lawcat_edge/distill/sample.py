@@ -1,7 +1,7 @@
 """Text sampled from the teacher itself, so that data in its own manner (chat above all) needs no download.
 
-The prompt is the chat template up to where a user would speak; the teacher then writes both sides. (Letting an
-instruction-tuned model write its own instructions is the idea of Magpie, arXiv 2406.08464.)
+The prompt is the chat template up to where a user would speak; the teacher then writes both sides. (Letting
+an instruction-tuned model write its own instructions is the idea of Magpie, arXiv 2406.08464.)
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from lawcat_edge.model import LawcatModel
 from lawcat_edge.runtime.files import atomic_file
 
 OPENINGS = (
-    "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n<|im_start|>user\n",
+    "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+    "<|im_start|>user\n",
     "<|im_start|>user\n",
 )
 LENGTH = 1024  # tokens of one sampled sequence
@@ -36,7 +37,7 @@ def ensure_samples(
     seed: int,
     report: Callable[[dict[str, Any]], None] = lambda record: None,
 ) -> None:
-    """Sample ``tokens`` tokens in sequences of ``LENGTH`` into ``path`` ([n, LENGTH] int32 .npy), unless they are there.
+    """Sample ``tokens`` tokens into ``path`` ([n, LENGTH] int32 .npy), unless they are there.
 
     Seven in ten open a chat where the tokenizer knows ChatML; the rest start from nothing but the
     separator, which gives text as the teacher saw it in training.
@@ -97,9 +98,9 @@ def sample_teacher(
     top_p: float = 0.95,
     progress: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Continue equally long prompts with the teacher's softmax attention: tokens [len(prompts), length] on the CPU.
+    """Continue equally long prompts with the teacher's softmax attention: tokens [n, length] on the CPU.
 
-    A preallocated key/value cache; the end-of-text token does not stop a sequence, the next turn simply begins.
+    A preallocated key/value cache; the end-of-text token does not stop a sequence, the next turn begins.
     """
     device = model.embed_tokens.weight.device
     ids = torch.tensor(prompts, device=device)
@@ -130,6 +131,10 @@ def _advance(
     """Run the teacher over ids [B,T] at ``position``; logits of the last token [B,V]."""
     end = position + ids.shape[1]
     here = (rotary[0][position:end], rotary[1][position:end])
+    limit, seen = model.geometry.sliding_window, None
+    if limit is not None and end > limit:  # a mask only where it is needed: without one, SDPA is faster
+        ages = torch.arange(position, end, device=ids.device)[:, None] - torch.arange(end, device=ids.device)
+        seen = (ages >= 0) & (ages < limit)
     x = model.embed_tokens(ids)
     for i, layer in enumerate(model.layers):
         attn = layer.self_attn
@@ -138,7 +143,10 @@ def _advance(
         cache[i, 1, :, position:end] = v
         keys, values = (cache[i, part, :, :end].transpose(1, 2) for part in (0, 1))
         query = rotate(q, here).to(keys.dtype).transpose(1, 2)
-        y = F.scaled_dot_product_attention(query, keys, values, is_causal=position == 0, enable_gqa=True)
+        causal = position == 0 and seen is None
+        y = F.scaled_dot_product_attention(
+            query, keys, values, attn_mask=seen, is_causal=causal, enable_gqa=True
+        )
         x = layer.feed_forward(x + attn.out(y.transpose(1, 2), teacher=True))
     return model.lm_head(model.norm(x[:, -1]))
 

@@ -25,7 +25,7 @@ class TransferStep(nn.Module):
 
 
 class FinetuneStep(nn.Module):
-    """Stage 2, low-rank fine-tuning: the student end to end against the teacher's logits and the next token."""
+    """Stage 2, low-rank fine-tuning: the student end to end against the teacher's logits and next tokens."""
 
     def __init__(self, model: LawcatModel, kl_weight: float, ce_weight: float) -> None:
         super().__init__()
@@ -51,8 +51,8 @@ def head_losses(
 ) -> tuple[Tensor, Tensor]:
     """Per token: KL(teacher || student) (0 without a teacher) and cross-entropy, both [B,T] in float32.
 
-    student and teacher are final hidden states [B,T,D]. Logits are formed a slice at a time and formed again in
-    the backward pass, so memory does not grow with batch times vocabulary.
+    student and teacher are final hidden states [B,T,D]. Logits are formed a slice at a time and formed again
+    in the backward pass, so memory does not grow with batch times vocabulary.
     """
 
     def rows(hidden: Tensor, taught: Tensor | None, target: Tensor) -> tuple[Tensor, Tensor]:

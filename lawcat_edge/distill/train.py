@@ -1,8 +1,8 @@
 """The training loop of one stage: batches in, parameters moved, checkpoints and a log out.
 
 One loop serves both stages and any number of processes (accelerate). Sequences are numbered; step s of a run
-takes numbers s * B .. (s+1) * B - 1 with B the batch over all processes, so a run can be resumed at any step, on
-another number of processes as well, and gives what it would have given.
+takes numbers s * B .. (s+1) * B - 1 with B the batch over all processes, so a run can be resumed at any step,
+on another number of processes as well, and gives what it would have given.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ SMOOTHING = 0.95
 EXPLODED = 10.0  # a smoothed loss this many times its best stops the run
 
 
-class Diverged(LawcatError):
+class Diverged(LawcatError):  # noqa: N818 (it reads as what happened)
     """The loss is NaN or has exploded; the last good checkpoint is kept."""
 
     exit_code = 1
 
 
 class StageRun:
-    """One stage of one run: ``module(ids, weight) -> (loss, parts)`` over ``groups`` of (named parameters, rate).
+    """One stage of a run: ``module(ids, weight) -> (loss, parts)`` over ``groups`` (named parameters, rate).
 
     saved: all parameters of the adapter, those that this stage leaves alone too.
     """
@@ -98,7 +98,7 @@ class StageRun:
     def run(
         self, sequences: Callable[[int], Iterator[Sequence]], report: Callable[[dict[str, Any]], None]
     ) -> None:
-        """Train to the end. ``sequences(start)`` yields this process's share of sequences from number start on."""
+        """Train to the end. ``sequences(start)`` yields this process's share from number start on."""
         device, settings, progress = self.accelerator.device, self.settings, self.progress
         every = 1 if device.type == "cpu" else 10  # reading the loss makes a GPU wait
         feed = prefetch(sequences(progress.step * self.global_batch))
@@ -202,8 +202,8 @@ class StageRun:
             broken = [i for i, value in enumerate(layers) if not math.isfinite(value)]
             where = f"in layer {broken[0] if broken else int(np.argmax(layers))}"
         return (
-            f"Stage {self.stage}, step {self.progress.step}: {what}, {where}; the last good checkpoint is kept in "
-            f"{self.checkpoint}; lower the learning rate and start anew."
+            f"Stage {self.stage}, step {self.progress.step}: {what}, {where}; the last good checkpoint is "
+            f"kept in {self.checkpoint}; lower the learning rate and start anew."
         )
 
 
