@@ -31,6 +31,7 @@ COMMANDS = {
     "info": "What a bundle or an adapter is, and where it comes from.",
     "generate": "Continue or answer a prompt from a bundle.",
     "chat": "A conversation in the terminal.",
+    "serve": "OpenAI's API on this machine, from a bundle.",
     "eval": "Retrieval and perplexity of a bundle, an adapter or a teacher.",
     "compare": "Accuracy against size of several schemes.",
     "bench": "Speed and memory of a bundle by length of text.",

@@ -1,0 +1,74 @@
+"""``lawcat-edge serve``: OpenAI's API on this machine, from a bundle."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+
+
+def serve(
+    model: Annotated[str, typer.Argument(help="Bundle folder.")],
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; the default is this machine only.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8080,
+    name: Annotated[
+        list[str] | None,
+        typer.Option(help="Name the model answers to; may be repeated. Default: the bundle's."),
+    ] = None,
+    parallel: Annotated[int, typer.Option(help="Answers written at the same time.")] = 4,
+    queue: Annotated[int, typer.Option(help="Requests that may wait; further ones get status 429.")] = 16,
+    states: Annotated[int, typer.Option(help="States of texts kept for prompts that begin like them.")] = 8,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer a request may ask for.")] = 32768,
+    max_request_mb: Annotated[float, typer.Option(help="Largest request.")] = 8.0,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="LAWCAT_EDGE_API_KEY", help="Clients must send this key.")
+    ] = None,
+    cors: Annotated[
+        list[str] | None,
+        typer.Option(help="Web origin that may use the server from a browser; may be repeated."),
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="Processor threads; default: physical cores.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Say where it listens as one JSON document.")] = False,
+) -> None:
+    """Serve MODEL with OpenAI's API: /v1/chat/completions, /v1/completions, /v1/models.
+
+    Ends on Ctrl-C or SIGTERM, giving answers under way a few seconds.
+
+    Examples:
+
+      lawcat-edge serve bundle
+
+      lawcat-edge serve bundle --port 0 --json
+
+      curl http://127.0.0.1:8080/v1/chat/completions -H 'Content-Type: application/json'
+      -d '{"messages": [{"role": "user", "content": "What is a lighthouse for?"}]}'
+    """
+    from lawcat_edge.runtime import Model
+    from lawcat_edge.runtime.server import Options, is_local
+    from lawcat_edge.runtime.server import serve as run
+
+    options = Options(
+        names=tuple(name or ()),
+        parallel=parallel,
+        queue=queue,
+        states=states,
+        max_tokens=max_tokens,
+        max_request_bytes=int(max_request_mb * (1 << 20)),
+        api_key=api_key,
+        check_host=is_local(host),
+        cors=tuple(cors or ()),
+    )
+    loaded = Model.load(model, threads=threads)
+    names = list(options.names or (loaded.bundle.manifest.name,))
+
+    def ready(url: str) -> None:
+        if json_:
+            print(json.dumps({"url": url, "models": names}), flush=True)
+        else:
+            print(f"Serving {', '.join(names)} on {url} (Ctrl-C ends it)", file=sys.stderr, flush=True)
+
+    run(loaded, options, host, port, ready)
