@@ -50,7 +50,7 @@ class Settings:
     length: int = 1024
     samples: int = 8
     drift_length: int = 4096
-    task_lengths: tuple[int, ...] = (256, 512)
+    task_lengths: tuple[int, ...] = (512, 1024)
     task_samples: int = 20
     context: int = 512
     decode_tokens: int = 64
@@ -108,7 +108,11 @@ class Comparison:
             ) from error
         for task in measure.TASKS:  # a length too short for a question is said before anything is made
             for size in settings.task_lengths:
-                cell_prompts(task, Encoder(tokenizer.tokenizer), None, size, 1, seed=settings.seed)
+                try:
+                    cell_prompts(task, Encoder(tokenizer.tokenizer), None, size, 1, seed=settings.seed)
+                except LawcatError as error:
+                    said = str(error).rstrip(".")
+                    raise LawcatError(f"{said}; --task-lengths {size:,} is too short for {task}.") from error
         self._open: dict[str, LanguageModel] = {}
 
     # -- the run ---------------------------------------------------------------------------------------------
@@ -138,13 +142,13 @@ class Comparison:
             "seconds": round(time.perf_counter() - began, 2),
         }
 
-    def _row(self, name: str, kind: str) -> Row:
+    def row(self, name: str, kind: str) -> Row:
+        (self.out / "rows").mkdir(parents=True, exist_ok=True)
         return Row(self.out / "rows" / f"{_file_name(name)}.json", name, kind, self.resume)
 
     def _scheme_row(self, name: str) -> Row:
-        (self.out / "rows").mkdir(parents=True, exist_ok=True)
         shown = name if name in SCHEMES else Path(name).stem
-        row = self._row(f"{shown}-file" if shown in SCHEMES and name not in SCHEMES else shown, "scheme")
+        row = self.row(f"{shown}-file" if shown in SCHEMES and name not in SCHEMES else shown, "scheme")
         folder = self.out / "bundles" / _file_name(row.name)
         made = self._export(row, name, folder)
         if made is None:
@@ -177,7 +181,7 @@ class Comparison:
         speed: Callable[[int, int, int | None], dict[str, Any]],
         with_drift: bool = True,
     ) -> None:
-        s, show = self.settings, self._shown(row)
+        s, show = self.settings, self.shown(row)
 
         def other() -> LanguageModel | None:
             return reference() if reference is not None else None
@@ -208,7 +212,7 @@ class Comparison:
 
         row.measure("speed", key_of(key, s.context, s.decode_tokens, s.threads), timed)
 
-    def _shown(self, row: Row) -> measure.Progress:
+    def shown(self, row: Row) -> measure.Progress:
         return lambda what, done, total: self.progress(row.name, what, done, total)
 
     # -- bundles ---------------------------------------------------------------------------------------------
@@ -226,7 +230,7 @@ class Comparison:
         if held is None:
             row.parts.pop("export", None)
         return row.measure(
-            "export", key, lambda: held or self._make(table, folder, mark, key, self._shown(row))
+            "export", key, lambda: held or self._make(table, folder, mark, key, self.shown(row))
         )
 
     def _make(
@@ -271,6 +275,14 @@ class Comparison:
             "adapter_sha256": self.adapter.sha256 if self.adapter is not None else None,
         }
 
+    def fp32_bytes(self) -> int:
+        """Of the fp32 bundle, which is exported where it is not there yet."""
+        row = self.row("fp32", "scheme")
+        made = self._export(row, "fp32", self.out / "bundles" / "fp32")
+        if made is None:
+            raise LawcatError(row.errors["export"])
+        return int(made["bytes"])
+
     @property
     def _reference_key(self) -> str:
         return Bundle.open(self.out / "bundles" / "fp32", check_hashes=False).sha256
@@ -284,7 +296,7 @@ class Comparison:
     # -- the teacher -----------------------------------------------------------------------------------------
 
     def _teacher_row(self) -> Row:
-        row = self._row("teacher-fp32", "teacher")
+        row = self.row("teacher-fp32", "teacher")
         key = self.teacher.sha256
         weights = sum(path.stat().st_size for path in self.teacher.folder.glob("*.safetensors"))
         row.measure("export", key, lambda: {"bytes": weights, "weight_bytes": weights})
@@ -296,9 +308,7 @@ class Comparison:
             speed=lambda *sizes: peers.peer_speed("torch", self.teacher.folder, *sizes),
         )
         student = self._reference_key
-        row.measure(
-            "student", key_of(key, student, self.rows.tolist()), lambda: self._apart(self._shown(row))
-        )
+        row.measure("student", key_of(key, student, self.rows.tolist()), lambda: self._apart(self.shown(row)))
         row.keep([*PARTS, "student"])
         return row
 
@@ -318,7 +328,7 @@ class Comparison:
 
     def _gguf_row(self, name: str) -> Row:
         """No drift: the teacher's cache grows with the text, and llama.cpp would keep all logits of it."""
-        row = self._row(name, "gguf")
+        row = self.row(name, "gguf")
         s = self.settings
         path = self.out / "gguf" / f"{name}.gguf"
 

@@ -100,12 +100,15 @@ def requantise(source: Path, target: Path, file_type: int, threads: int | None =
 
     target.parent.mkdir(parents=True, exist_ok=True)
     building = target.with_name(f".{target.name}.tmp")
+    quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)  # kept while llama.cpp may call it
+    llama_cpp.llama_log_set(quiet, ctypes.c_void_p(0))
     settings = llama_cpp.llama_model_quantize_default_params()
     settings.ftype, settings.allow_requantize = file_type, True
     settings.nthread = threads or 0
     failed = llama_cpp.llama_model_quantize(
         str(source).encode(), str(building).encode(), ctypes.byref(settings)
     )
+    llama_cpp.llama_log_set(llama_cpp.llama_log_callback(), ctypes.c_void_p(0))  # as it was
     if failed:
         building.unlink(missing_ok=True)
         raise LawcatError(f"llama.cpp could not requantise {source.name}; give another file with --gguf.")

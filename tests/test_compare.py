@@ -207,6 +207,20 @@ def test_a_scheme_of_the_users_own(made: SimpleNamespace, tmp_path: Path) -> Non
     assert report["rows"][2]["export"]["bytes"] > report["rows"][1]["export"]["bytes"]
 
 
+def test_mixed_schemes_are_chosen_exported_and_measured(made: SimpleNamespace, tmp_path: Path) -> None:
+    arguments = [*made.arguments, "--out", str(tmp_path), "--schemes", "int8", "--no-peers"]
+    assert cli.run([*arguments, "--max-kl", "0.02", "--max-mb", "0.13"]) == 0
+    rows = {row["name"]: row for row in read_json(tmp_path / "report.json")["rows"]}
+    assert list(rows) == ["fp32", "int8", "auto-kl-0.02", "auto-0.13mb"]
+    assert rows["auto-kl-0.02"]["accuracy"]["kl"] < 0.03
+    assert rows["auto-kl-0.02"]["export"]["bytes"] < rows["fp32"]["export"]["bytes"]
+    assert rows["auto-0.13mb"]["export"]["bytes"] < 0.14e6
+    table = read_json(tmp_path / "sensitivity.json")
+    assert set(table["kinds"]) == {"qkv", "o", "gate_up", "down", "head"}
+    assert len(table["layers"]) == 2
+    assert (tmp_path / "sensitivity.png").is_file()
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -214,7 +228,7 @@ def test_a_scheme_of_the_users_own(made: SimpleNamespace, tmp_path: Path) -> Non
         (["--drift-length", "64K"], "or a smaller --drift-length"),
         (["--drift-length", "4"], "--drift-length must be at least 16"),
         (["--drift-length", "1K,2K"], "--drift-length must be one number"),
-        (["--task-lengths", "64"], "at least"),
+        (["--task-lengths", "64"], "--task-lengths 64 is too short for passkey"),
         (["--samples", "0"], "--samples must be at least 1"),
         (["--schemes", ","], "There is no scheme to compare"),
         (["--text", "absent.txt"], "absent.txt"),

@@ -29,11 +29,20 @@ def compare(
     drift_length: Annotated[
         str, typer.Option(help="Tokens of the long text for KL by position, such as 4K or 16K.")
     ] = "4K",
-    task_lengths: Annotated[str, typer.Option(help="Tokens of the retrieval questions.")] = "256,512",
+    task_lengths: Annotated[str, typer.Option(help="Tokens of the retrieval questions.")] = "512,1K",
     task_samples: Annotated[int, typer.Option(help="Questions at each length.")] = 20,
     context: Annotated[int, typer.Option(help="Tokens read when speed is measured.")] = 512,
     decode_tokens: Annotated[int, typer.Option(help="Tokens written when speed is measured.")] = 64,
     threads: Annotated[int | None, typer.Option(help="Processor threads; default: physical cores.")] = None,
+    sensitivity: Annotated[
+        bool, typer.Option(help="Also measure which products and layers mind being quantised.")
+    ] = False,
+    max_kl: Annotated[
+        float | None, typer.Option(help="Add a mixed scheme: the smallest with at most this KL.")
+    ] = None,
+    max_mb: Annotated[
+        float | None, typer.Option(help="Add a mixed scheme: the closest to fp32 within this many MB.")
+    ] = None,
     peers: Annotated[
         bool, typer.Option(help="Rows of the teacher in torch, and as GGUF in llama.cpp where installed.")
     ] = True,
@@ -54,6 +63,8 @@ def compare(
       lawcat-edge compare smollm2 --adapter adapter --text held_out.txt --out comparison
 
       lawcat-edge compare smollm2 --adapter adapter --text book.txt --out out --schemes int8,mine.json
+
+      lawcat-edge compare smollm2 --adapter adapter --text book.txt --out out --max-kl 0.005 --max-mb 150
     """
     from lawcat_edge.adapter import Adapter
     from lawcat_edge.calibration.compare import Comparison, Settings
@@ -75,6 +86,10 @@ def compare(
     loaded = Adapter.load(adapter) if adapter is not None else None
     with _progress() as show:
         run = Comparison(source, loaded, text, out, settings, show, resume, gguf)
+        if sensitivity or max_kl is not None or max_mb is not None:
+            from lawcat_edge.calibration.automatic import Automatic
+
+            names += Automatic(run).choose(max_kl, max_mb)
         report = run.run(names, peers)
     picture = _draw(report, out)
     write_json(out / "report.json", report)

@@ -1,0 +1,204 @@
+"""A scheme simulated in the torch student: any one tensor kind or layer of it, without exporting anything.
+
+Weights are rounded by the exporter's own functions, activations as its products round them: by block (nbits,
+accuracy 4), by row (dynamic) or not at all. Sums are float32 where the integer kernels are exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lawcat_edge.export.products import quantise4, quantise8, same_table
+from lawcat_edge.export.rotation import Rotation
+from lawcat_edge.export.schemes import PRODUCTS, Product, Scheme
+from lawcat_edge.model import LawcatModel
+
+FP32 = Product("fp32")
+_ROWS = 4096  # of a weight that are rounded at once
+
+
+def rounded_weight(weight: Tensor, spec: Product) -> Tensor:
+    """weight [N,K] as the product stores it, as floats."""
+    if spec.kind == "fp32":
+        return weight
+    out = np.empty(tuple(weight.shape), np.float32)
+    values = weight.detach().float().numpy()
+    for at in range(0, len(values), _ROWS):
+        out[at : at + _ROWS] = _round_rows(values[at : at + _ROWS], spec)
+    return torch.from_numpy(out)
+
+
+def _round_rows(rows: np.ndarray, spec: Product) -> np.ndarray:
+    n, K = rows.shape
+    if spec.kind == "dynamic":
+        scale = np.maximum(np.abs(rows).max(1, keepdims=True), 1e-30) / ((1 << (spec.bits - 1)) - 1)
+        return np.rint(rows / scale) * scale
+    blocks = np.pad(rows, ((0, 0), (0, -K % spec.block))).reshape(n, -1, spec.block)
+    if spec.bits == 8:
+        codes, scale = quantise8(blocks)
+        found = codes.astype(np.float32) - 128
+    else:
+        packed, scale = quantise4(blocks)
+        found = np.stack([packed & 15, packed >> 4], -1).reshape(blocks.shape).astype(np.float32) - 8
+    return (found * scale[..., None]).reshape(n, -1)[:, :K]
+
+
+def rounded_activation(x: Tensor, spec: Product) -> Tensor:
+    """x [..., K] as the product reads it."""
+    if spec.kind == "fp32" or (spec.kind == "nbits" and spec.accuracy == 0):
+        return x
+    width = x.shape[-1]
+    block = width if spec.kind == "dynamic" else spec.block
+    parts = F.pad(x, (0, -width % block)).unflatten(-1, (-1, block))
+    scale = parts.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
+    return ((parts / scale).round() * scale).flatten(-2)[..., :width]
+
+
+class _Product(nn.Module):
+    """A linear layer that can be set to any product. ``reads``: whether it rounds its own input (o and down;
+    the others share one input, which the norm before them rounds)."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, reads: bool) -> None:
+        super().__init__()
+        self.exact, self.bias, self.reads = weight.detach(), bias, reads
+        self.weight, self.spec = self.exact, FP32
+
+    def set(self, spec: Product) -> None:
+        self.weight, self.spec = rounded_weight(self.exact, spec), spec
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(rounded_activation(x, self.spec) if self.reads else x, self.weight, self.bias)
+
+
+class _Norm(nn.Module):
+    """A norm whose output is rounded for the products behind it; ``after`` [D,D] is applied first."""
+
+    def __init__(self, norm: nn.Module, after: Tensor | None = None) -> None:
+        super().__init__()
+        self.norm, self.after, self.spec = norm, after, FP32
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        return rounded_activation(x if self.after is None else x @ self.after, self.spec)
+
+
+class Simulated:
+    """A student whose products can be set one by one. Takes the model over: it is changed in place.
+
+    rotate: in the basis of the exporter's rotation, as schemes with ``rotate`` are.
+    """
+
+    def __init__(self, model: LawcatModel, rotate: bool) -> None:
+        self.model, self.rotate = model, rotate
+        self.geometry = model.geometry
+        self._rotation = Rotation(self.geometry.hidden_size) if rotate else None
+        self.layers = [cast(Any, layer) for layer in model.layers]
+        with torch.no_grad():
+            self._merge_lora()
+            self._fold()
+
+    def _merge_lora(self) -> None:
+        lora = self.model.lora
+        for layer in self.layers if lora else ():
+            for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+                old = getattr(layer.self_attn, name)
+                A, B = old.lora_A["default"].weight, old.lora_B["default"].weight
+                assert lora is not None
+                old.base_layer.weight.add_(lora["alpha"] / lora["rank"] * (B @ A))
+                setattr(layer.self_attn, name, old.base_layer)
+
+    def _fold(self) -> None:
+        model: Any = self.model
+        embedding = model.embed_tokens.weight.detach().clone()
+        tied = self.geometry.tie_embeddings
+        head = embedding if tied else model.lm_head.weight
+        after = None
+        final = model.norm.weight.detach().clone()
+        if self._rotation is not None:
+            head = self._rows(head if tied else head * final)
+            embedding = head if tied else self._rows(embedding)
+            model.norm.weight.fill_(1)
+            if tied:
+                R = torch.from_numpy(self._rotation.matrix)
+                after = R.T @ (final[:, None] * R)
+        model.embed_tokens = nn.Embedding.from_pretrained(embedding, freeze=True)
+        self._embedding = embedding
+        self._head = model.lm_head = _Product(head, model.lm_head.bias, reads=False)
+        model.norm = _Norm(model.norm, after)
+        for layer in self.layers:
+            self._fold_layer(layer)
+
+    def _fold_layer(self, layer: Any) -> None:
+        attn, mlp = layer.self_attn, layer.mlp
+        gains = layer.input_layernorm.weight.clone(), layer.post_attention_layernorm.weight.clone()
+        reading = {(attn, name): gains[0] for name in ("q_proj", "k_proj", "v_proj")}
+        reading |= {(mlp, name): gains[1] for name in ("gate_proj", "up_proj")}
+        for (owner, name), gain in reading.items():
+            old = getattr(owner, name)
+            setattr(owner, name, _Product(self._reading(old.weight, gain), old.bias, reads=False))
+        for owner, name in ((attn, "o_proj"), (mlp, "down_proj")):
+            old = getattr(owner, name)
+            bias = old.bias if old.bias is None else self._rows(old.bias)
+            setattr(owner, name, _Product(self._rows(old.weight.T).T.contiguous(), bias, reads=True))
+        attn.gate_a.copy_(self._reading(attn.gate_a.T, gains[0]).T)
+        layer.exact_gate = attn.gate_a.detach().clone()
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+            if self._rotation is not None:
+                norm.weight.fill_(1)
+        layer.input_layernorm = _Norm(layer.input_layernorm)
+        layer.post_attention_layernorm = _Norm(layer.post_attention_layernorm)
+
+    def _reading(self, weight: Tensor, gain: Tensor) -> Tensor:
+        return weight.clone() if self._rotation is None else self._rows(weight * gain)
+
+    def _rows(self, x: Tensor) -> Tensor:
+        if self._rotation is None:
+            return x
+        return torch.from_numpy(self._rotation.rows(np.ascontiguousarray(x.detach().numpy())))
+
+    # -- setting ---------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def set(self, product: str, spec: Product, layers: Iterable[int] | None = None) -> None:
+        """Set a kind of product, in all layers or in some. A tied embedding goes with the head it shares."""
+        assert product in PRODUCTS, product
+        if product == "head":
+            spec = spec.fitted(self.geometry.hidden_size) if self.geometry.tie_embeddings else spec
+            self._head.set(spec)
+            self.model.norm.spec = spec
+            shared = self.geometry.tie_embeddings and same_table(spec, spec)
+            table = self._head.weight if shared else self._embedding
+            self.model.embed_tokens.weight.data = table
+            return
+        for i in range(len(self.layers)) if layers is None else layers:
+            layer = self.layers[i]
+            attn, mlp = layer.self_attn, layer.mlp
+            if product == "qkv":
+                for module in (attn.q_proj, attn.k_proj, attn.v_proj):
+                    module.set(spec)
+                attn.gate_a.copy_(rounded_weight(layer.exact_gate.T.contiguous(), spec).T)
+                layer.input_layernorm.spec = spec
+            elif product == "o":
+                attn.o_proj.set(spec)
+            elif product == "gate_up":
+                mlp.gate_proj.set(spec)
+                mlp.up_proj.set(spec)
+                layer.post_attention_layernorm.spec = spec
+            else:
+                mlp.down_proj.set(spec)
+
+    def set_scheme(self, scheme: Scheme) -> None:
+        assert scheme.rotate == self.rotate
+        for product in PRODUCTS:
+            self.set(product, scheme.products[product])
+
+    def clear(self) -> None:
+        """Everything fp32 again."""
+        for product in PRODUCTS:
+            self.set(product, FP32)
