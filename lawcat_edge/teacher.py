@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lawcat_edge.families import Geometry
+from lawcat_edge.families import FAMILIES, Geometry
 from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.runtime.files import read_json, sha256_file
 
@@ -70,6 +70,8 @@ class Teacher:
 def resolve(name: str | Path) -> Teacher:
     """Resolve what the user calls TEACHER; raises LawcatError with the next step when it cannot be had."""
     text = str(name)
+    if not text.strip():
+        raise LawcatError("The teacher has no name; give a folder, a GGUF file, a hub id, or 'smollm2'.")
     if text == "smollm2":
         return _from_gguf(_embedded(), text)
     path = Path(text).expanduser()
@@ -178,25 +180,65 @@ def _convert_gguf(file: Path, digest: str, target: Path) -> None:
 
 
 def _check_gguf(file: Path) -> None:
-    """Refuse a truncated or foreign GGUF, and one of an unsupported family, before the slow conversion."""
-    import gguf
+    """Refuse a truncated, foreign or incomplete GGUF and an unsupported family, before the conversion.
 
-    from lawcat_edge.families import FAMILIES
+    transformers makes up what a GGUF lacks: random weights for a missing tensor, and for a missing size that
+    of a 7B model, which would take all memory.
+    """
+    import gguf
 
     try:
         reader = gguf.GGUFReader(file)
         field = reader.get_field("general.architecture")
-        family = bytes(field.parts[field.data[0]]).decode() if field else "?"
+        family = str(field.contents()) if field else "?"
+        tensors = {t.name: tuple(int(n) for n in t.shape) for t in reader.tensors}
         size = file.stat().st_size
         short = any(int(t.data_offset) + int(t.n_bytes) > size for t in reader.tensors)
+        facts: dict[str, Any] = {}
+        for name in _GGUF_SIZES:
+            field = reader.get_field(f"{family}.{name}")
+            facts[name] = field.contents() if field else None
     except Exception as error:  # the reader raises whatever numpy raises on bad bytes
         raise LawcatError(
             f"{file} is no whole GGUF file ({_first_line(error)}); download it again."
         ) from error
-    if short or not reader.tensors:
+    if short or not tensors:
         raise LawcatError(f"{file} is cut short: a tensor lies past its end; download it again.")
     if family not in FAMILIES:
         raise LawcatError(f"{file} is of the family {family!r}; supported are {', '.join(FAMILIES)}.")
+    D, layers, width, H = (facts[name] for name in _GGUF_SIZES[:4])
+    sized = all(type(n) is int and n > 0 for n in (D, layers, width, H)) and layers <= len(tensors)
+    G, d = facts["attention.head_count_kv"] or H, facts["attention.key_length"] or (D // H if sized else 0)
+    if not sized or type(G) is not int or type(d) is not int:
+        raise LawcatError(f"{file} does not state the model's sizes as a GGUF should; get another one.")
+    vocabulary = tensors.get("token_embd.weight", (0, 0))[-1]
+    wanted: dict[str, tuple[int, ...]] = {
+        "token_embd.weight": (D, facts["vocab_size"] or vocabulary),
+        "output_norm.weight": (D,),
+    }
+    block = {
+        "attn_norm": (D,), "attn_q": (D, H * d), "attn_k": (D, G * d), "attn_v": (D, G * d),
+        "attn_output": (H * d, D), "ffn_norm": (D,), "ffn_gate": (D, width), "ffn_up": (D, width),
+        "ffn_down": (width, D),
+    }  # fmt: skip
+    for i in range(layers):
+        wanted |= {f"blk.{i}.{name}.weight": shape for name, shape in block.items()}
+    for name, shape in wanted.items():
+        if tensors.get(name) != shape:
+            raise LawcatError(
+                f"{file}: tensor {name!r} is {tensors.get(name)}, its sizes ask for {shape}; get it again."
+            )
+
+
+_GGUF_SIZES = (
+    "embedding_length",
+    "block_count",
+    "feed_forward_length",
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.key_length",
+    "vocab_size",
+)
 
 
 def _from_hub(name: str) -> Teacher:

@@ -1,4 +1,4 @@
-"""Conversion of every supported family: the teacher stays itself, the student is one function in any split."""
+"""Conversion of every family: the teacher stays itself, the student is one function however it is split."""
 
 from __future__ import annotations
 
