@@ -13,6 +13,7 @@ from tiny_teacher import make_teacher, write_corpus
 from lawcat_edge.adapter import Adapter
 from lawcat_edge.distill import train
 from lawcat_edge.distill.run import distill
+from lawcat_edge.distill.sample import sample_teacher
 from lawcat_edge.distill.settings import DistillSettings, load_recipe, recipe_names
 from lawcat_edge.distill.steps import FinetuneStep, TransferStep, head_losses
 from lawcat_edge.model import load_student
@@ -187,6 +188,16 @@ def test_every_recipe_loads():
 def test_bad_settings_are_refused_in_one_sentence(changes, message):
     with pytest.raises(LawcatError, match=message):
         SMALL.with_changes(changes)
+
+
+@pytest.mark.parametrize(("family", "changes"), [("llama", {}), ("mistral", {"sliding_window": 5})])
+def test_sampling_follows_the_teacher_s_own_attention(tmp_path, family, changes):
+    model = load_student(resolve(make_teacher(tmp_path / family, family, **changes)))
+    prompts = torch.randint(1, 257, (3, 7), generator=torch.Generator().manual_seed(2))
+    likeliest = sample_teacher(model, prompts.tolist(), 24, seed=0, top_p=0.0)
+    assert torch.equal(likeliest[:, :7], prompts)
+    with torch.no_grad():
+        assert torch.equal(model.teacher_logits(likeliest)[:, 6:-1].argmax(-1), likeliest[:, 7:])
 
 
 def test_teacher_text_is_sampled_once_and_used(folder):
