@@ -202,7 +202,9 @@ def test_float64_layer_is_the_reference(case: str, seen: int) -> None:
     layer = make_layer(case)
     state, x = make_state(layer, seen), inputs(23)
     with torch.no_grad():
-        assert_close(case, tensors(*reference(layer, x, state)), tensors(*run(layer, x, state)), 1e-12)
+        y, after = run(layer, x, state)
+        assert_close(case, tensors(*reference(layer, x, state)), tensors(y, after), 1e-12)
+    assert after.seen == seen + 23
 
 
 @pytest.mark.parametrize("T", [1, 7, 63, 64, 65, 1000])

@@ -43,8 +43,8 @@ def run(folder, name, settings, **options):
 
 
 def test_both_stages_learn_and_write_a_whole_adapter(folder):
-    records = []
-    changes = {"transfer_tokens": 64 * 100, "finetune_tokens": 64 * 60, "window": 0}
+    records: list = []
+    changes: dict[str, float] = {"transfer_tokens": 64 * 100, "finetune_tokens": 64 * 60, "window": 0}
     changes |= {"lr_lora": 1e-2, "ce_weight": 1.0, "kl_weight": 0.0}
     settings = SMALL.with_changes(changes)
     adapter = run(folder, "learn", settings, report=records.append)
@@ -97,14 +97,15 @@ def test_resume_refuses_other_settings(folder):
 def test_a_nan_stops_with_the_layer_and_keeps_the_checkpoint(folder, monkeypatch):
     real = TransferStep.forward
 
+    calls = []
+
     def poisoned(self, ids, weight=None):
-        poisoned.calls += 1
-        if poisoned.calls == 5:
+        calls.append(ids)
+        if len(calls) == 5:
             with torch.no_grad():
                 self.model.layers[1].self_attn.conv_k.fill_(float("nan"))
         return real(self, ids, weight)
 
-    poisoned.calls = 0
     monkeypatch.setattr(TransferStep, "forward", poisoned)
     with pytest.raises(train.Diverged, match="layer 1") as caught:
         run(folder, "nan", SMALL)

@@ -20,6 +20,7 @@ from lawcat_edge.families import FAMILIES, Geometry
 from lawcat_edge.model import LawcatModel, load_student
 from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.teacher import Teacher, resolve
+from lawcat_edge.weights import tensor_shapes
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -87,6 +88,8 @@ def test_teacher_logits_are_those_of_transformers(teachers: Any, name: str) -> N
         assert error(original(ids).logits, model.teacher_logits(ids)) < 1e-5
         assert error(original(ids).logits, model(ids)[0]) > 0.05  # the student is another function
     assert (model.lm_head.weight is model.embed_tokens.weight) == teacher.geometry.tie_embeddings
+    # what the exporter will read: no bias or norm of the family is lost, and none is expected in vain
+    assert set(teacher.weights().names()) == set(tensor_shapes(teacher.geometry))
 
 
 @pytest.mark.parametrize("settings", [{}, {"window": 6, "rope": True, "conv_kernel": 5}])
