@@ -1,0 +1,241 @@
+"""Ranges of the activations that matrix products read, for schemes with fixed (static) 8-bit activations.
+
+They are measured on the recurrent graph itself, in onnxruntime, fed chunk by chunk with the state of all
+tokens before: what a product reads after ten thousand tokens is not what it reads after ten, since the state
+has grown (``Ranges.growth`` says by how much). Memory is that of one chunk, whatever the text.
+
+    ranges = measure_ranges("out/bundles/fp32", texts)      # [n, T] token ids, each from an empty state
+    ranges.save("ranges.json")
+    low, high = Ranges.load("ranges.json").range("layers.3/down", "percentile")
+
+The file is JSON: what it was measured on, and for each tensor its extremes, a histogram, and the extremes of
+each ``SEGMENT`` tokens. Files of the same graph merge, so texts can be measured on different days.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lawcat_edge.calibration.histogram import Histogram
+from lawcat_edge.runtime import rotary
+from lawcat_edge.runtime.bundle import Bundle
+from lawcat_edge.runtime.errors import LawcatError
+from lawcat_edge.runtime.files import read_json, write_json
+
+FORMAT = 1
+SEGMENT = 512
+"""Tokens whose extremes are kept together."""
+LEAST_TOKENS = 1024
+_PRODUCT = re.compile(r"(layers\.\d+/(?:qkv|o|gate_up|down)|head)")
+_BASIS = ("teacher_sha256", "adapter_sha256", "bundle_sha256")
+
+
+@dataclass
+class Ranges:
+    """tensors: by the product that reads them ("layers.0/qkv", …, "head"), and the states ("state.0").
+    segments: the largest absolute value in each ``SEGMENT`` tokens of a text."""
+
+    measured_on: dict[str, Any]
+    tensors: dict[str, Histogram] = field(default_factory=dict)
+    segments: dict[str, list[float]] = field(default_factory=dict)
+    tokens: int = 0
+    texts: list[str] = field(default_factory=list)
+
+    def range(self, name: str, method: str = "minmax", share: float = 0.9999) -> tuple[float, float]:
+        """(low, high) of a tensor; methods as ``Histogram.range``. Raises LawcatError for an unknown one."""
+        if name not in self.tensors:
+            raise LawcatError(f"There is no range of {name!r}; calibrate on the bundle that has it.")
+        return self.tensors[name].range(method, share)
+
+    def growth(self, name: str) -> float:
+        """The largest absolute value of the later half of the segments over that of the first segment."""
+        found = self.segments[name]
+        return max(found[len(found) // 2 :]) / max(found[0], 1e-30)
+
+    def check(self, bundle: Bundle) -> None:
+        """Raise LawcatError unless this was measured on that bundle."""
+        self._same(_basis(bundle), "the bundle at hand")
+
+    def merge(self, other: Ranges) -> None:
+        """Add what another run of the same graph saw. LawcatError for another graph or one text twice."""
+        self._same(other.measured_on, "the other file")
+        twice = set(self.texts) & set(other.texts)
+        if twice:
+            raise LawcatError("Both files saw the same text; merging would count it twice.")
+        for name, histogram in other.tensors.items():
+            if name in self.tensors:
+                self.tensors[name].merge(histogram)
+            else:
+                self.tensors[name] = histogram.copy()
+        for name, found in other.segments.items():
+            mine = self.segments.get(name, [])
+            longest = max(len(mine), len(found))
+            pairs = [[xs[i] for xs in (mine, found) if i < len(xs)] for i in range(longest)]
+            self.segments[name] = [max(pair) for pair in pairs]
+        self.tokens += other.tokens
+        self.texts += other.texts
+
+    def _same(self, basis: dict[str, Any], what: str) -> None:
+        if any(self.measured_on.get(key) != basis.get(key) for key in _BASIS):
+            raise LawcatError(f"These ranges were measured on another graph than {what}; calibrate again.")
+
+    # -- files -----------------------------------------------------------------------------------------------
+
+    def save(self, path: Path | str) -> None:
+        tensors = {name: histogram.to_dict() for name, histogram in self.tensors.items()}
+        data = {
+            "format": FORMAT,
+            "measured_on": self.measured_on,
+            "tokens": self.tokens,
+            "texts": self.texts,
+            "segment": SEGMENT,
+            "tensors": {name: {**data, "segments": self.segments[name]} for name, data in tensors.items()},
+        }
+        write_json(path, data)
+
+    @classmethod
+    def load(cls, path: Path | str) -> Ranges:
+        """Read and check a file of ``save``. Raises LawcatError."""
+        data = read_json(Path(path))
+        wrong = LawcatError(f"{path} holds no activation ranges of this version; calibrate again.")
+        keys = {"format", "measured_on", "tokens", "texts", "segment", "tensors"}
+        if not isinstance(data, dict) or set(data) != keys or data["format"] != FORMAT:
+            raise wrong
+        basis, texts = data["measured_on"], data["texts"]
+        if not isinstance(basis, dict) or not set(_BASIS) <= set(basis) or type(data["tokens"]) is not int:
+            raise wrong
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise wrong
+        if not isinstance(data["tensors"], dict) or data["segment"] != SEGMENT:
+            raise wrong
+        found = cls(basis, tokens=data["tokens"], texts=texts)
+        for name, entry in data["tensors"].items():
+            if not isinstance(entry, dict) or not isinstance(entry.get("segments"), list):
+                raise wrong
+            segments = entry.pop("segments")
+            if not segments or not all(type(x) in (int, float) and 0 <= x < 1e30 for x in segments):
+                raise wrong
+            found.tensors[name] = Histogram.from_dict(entry, name)
+            found.segments[name] = [float(x) for x in segments]
+        return found
+
+
+def measure_ranges(
+    folder: Path | str,
+    texts: np.ndarray,
+    chunk: int = 256,
+    threads: int | None = None,
+    keep_state: bool = True,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Ranges:
+    """Read texts int [n,T] with the bundle in ``folder`` (fp32, or one whose products are fp32 or nbits).
+
+    keep_state: False starts every chunk from an empty state, as calibrators for stateless graphs do: only to
+    show what that misses. progress: (tokens, total). Raises LawcatError for too little text.
+    """
+    if texts.size < LEAST_TOKENS:
+        raise LawcatError(
+            f"The calibration text holds {texts.size:,} tokens and needs {LEAST_TOKENS:,}; give more text."
+        )
+    bundle = Bundle.open(folder)
+    graph = _Probed(bundle, threads)
+    found = Ranges(_basis(bundle), {name: Histogram() for name in graph.probes.values()})
+    found.segments = {name: [0.0] * -(-texts.shape[1] // SEGMENT) for name in found.tensors}
+    for row in texts:
+        state = graph.empty_state()
+        for start in range(0, len(row), chunk):
+            if not keep_state:
+                state = graph.empty_state()
+            ids = row[None, start : start + chunk].astype(np.int64)
+            seen, state = graph.run(ids, state, start if keep_state else 0)
+            for name, values in seen.items():
+                found.tensors[name].add(values)
+                at = start // SEGMENT
+                found.segments[name][at] = max(found.segments[name][at], float(np.abs(values).max()))
+            found.tokens += ids.shape[1]
+            progress(found.tokens, texts.size)
+        found.texts.append(hashlib.sha256(np.ascontiguousarray(row, np.int64).tobytes()).hexdigest())
+    return found
+
+
+def _basis(bundle: Bundle) -> dict[str, Any]:
+    source = bundle.manifest.source
+    return {
+        "teacher_sha256": source.get("teacher_sha256"),
+        "adapter_sha256": source.get("adapter_sha256"),
+        "bundle_sha256": bundle.sha256,
+        "scheme": bundle.manifest.scheme,
+    }
+
+
+class _Probed:
+    """A bundle's graph of all positions, without its head, with the inputs of the products as outputs."""
+
+    def __init__(self, bundle: Bundle, threads: int | None) -> None:
+        import onnx
+        import onnxruntime
+
+        self.manifest = bundle.manifest
+        if "ort" not in self.manifest.ops:
+            raise LawcatError("Ranges are measured on the graph of --ops ort; export the bundle with it.")
+        model = onnx.load(bundle.path(self.manifest.graphs["ort"]["all"]), load_external_data=False)
+        nodes = [node for node in model.graph.node if _PRODUCT.fullmatch(node.name)]
+        products = {
+            node.name: node.input[0] for node in nodes if node.op_type in ("FusedMatMul", "MatMulNBits")
+        }
+        if len(products) != 4 * self.manifest.num_layers + 1:
+            raise LawcatError(
+                f"The products of {self.manifest.scheme} cannot be watched; calibrate on the fp32 bundle."
+            )
+        self.probes = {tensor: name for name, tensor in products.items()}
+        kept = [value for value in model.graph.output if value.name != "logits"]
+        del model.graph.output[:]
+        model.graph.output.extend(kept)
+        for tensor in self.probes:
+            model.graph.output.append(
+                onnx.helper.make_tensor_value_info(tensor, onnx.TensorProto.FLOAT, None)
+            )
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", os.path.abspath(bundle.folder)
+        )
+        self.session = onnxruntime.InferenceSession(
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+        self.inputs = {item.name for item in self.session.get_inputs()}
+        self.outputs = [item.name for item in self.session.get_outputs()]
+        self.states = {
+            tensor.output: f"state.{i}"
+            for i, tensor in enumerate(t for t in self.manifest.state if t.input.endswith("recurrent_state"))
+        }
+        self.probes |= self.states
+
+    def empty_state(self) -> dict[str, np.ndarray]:
+        return {t.input: np.zeros((1, *t.shape), np.float32) for t in self.manifest.state}
+
+    def run(
+        self, ids: np.ndarray, state: dict[str, np.ndarray], position: int
+    ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """ids [1,T] -> (what was seen by name, the state after)."""
+        feeds: dict[str, np.ndarray] = {"input_ids": ids, **state}
+        if "window_fill" in self.inputs:
+            feeds["window_fill"] = np.array([min(position, self.manifest.window - 1)], np.int64)
+        if "rotary_cos" in self.inputs:
+            frequencies = rotary.inverse_frequencies(self.manifest.geometry)
+            angle = rotary.angles(frequencies, position, ids.shape[1])
+            feeds["rotary_cos"] = np.cos(angle).astype(np.float32)
+            feeds["rotary_sin"] = np.sin(angle).astype(np.float32)
+        found = dict(zip(self.outputs, self.session.run(self.outputs, feeds), strict=True))
+        after = {tensor.input: found[tensor.output] for tensor in self.manifest.state}
+        return {name: found[tensor] for tensor, name in self.probes.items()}, after
