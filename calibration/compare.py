@@ -14,7 +14,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from lawcat_edge.evaluate.run import cell_prompts
 from lawcat_edge.export.exporter import export_bundle
 from lawcat_edge.export.schemes import SCHEMES, Scheme, load_scheme
 from lawcat_edge.runtime.bundle import Bundle
+from lawcat_edge.runtime.engine import physical_cores
 from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.runtime.files import read_json, sha256_file, write_json
 from lawcat_edge.teacher import Teacher
@@ -50,6 +51,7 @@ class Settings:
     length: int = 1024
     samples: int = 8
     drift_length: int = 4096
+    drift_samples: int = 2
     task_lengths: tuple[int, ...] = (512, 1024)
     task_samples: int = 20
     context: int = 512
@@ -62,6 +64,7 @@ class Settings:
             "length": (2, self.length),
             "samples": (1, self.samples),
             "drift-length": (2 * measure.BUCKETS, self.drift_length),
+            "drift-samples": (1, self.drift_samples),
             "task-samples": (1, self.task_samples),
             "context": (1, self.context),
             "decode-tokens": (2, self.decode_tokens),
@@ -89,7 +92,9 @@ class Comparison:
         if adapter is not None:
             adapter.check_teacher(teacher)
         self.teacher, self.adapter, self.out = teacher, adapter, Path(out)
-        self.settings, self.progress, self.resume, self.gguf = settings, progress, resume, gguf
+        # one number of threads for all rows, or their speeds could not be compared
+        self.settings = replace(settings, threads=settings.threads or physical_cores())
+        self.progress, self.resume, self.gguf = progress, resume, gguf
         self.config = (
             adapter.config
             if adapter is not None
@@ -100,7 +105,7 @@ class Comparison:
         self.texts = [Path(name).name for name in names]
         self.rows = text_sequences(names, tokenizer, settings.length, settings.samples)
         try:
-            self.long = text_sequences(names, tokenizer, settings.drift_length + 1, 1)[0]
+            self.long = text_sequences(names, tokenizer, settings.drift_length + 1, settings.drift_samples)
         except LawcatError as error:
             raise LawcatError(
                 f"The text is too short to follow the error over {settings.drift_length:,} tokens; give "
@@ -125,7 +130,7 @@ class Comparison:
         if with_peers:
             rows.append(self._teacher_row())
             apart = rows[-1].parts.get("student", {}).get("result")
-            rows += [self._gguf_row(name) for name in peers.GGUF_TYPES]
+            rows += [self._gguf_row(name) for name in peers.gguf_rows(self.teacher.name)]
         self._open.clear()
         return {
             "format": 1,
@@ -330,7 +335,7 @@ class Comparison:
         """No drift: the teacher's cache grows with the text, and llama.cpp would keep all logits of it."""
         row = self.row(name, "gguf")
         s = self.settings
-        path = self.out / "gguf" / f"{name}.gguf"
+        paths: list[Path] = []
 
         def make() -> dict[str, Any]:
             if not peers.llama_cpp_installed():
@@ -338,9 +343,9 @@ class Comparison:
                     "llama-cpp-python is not installed; run pip install llama-cpp-python for this row."
                 )
             source = peers.teacher_gguf(self.teacher.name, self.gguf)
-            peers.requantise(source, path, peers.GGUF_TYPES[name], s.threads)
-            size = path.stat().st_size
-            return {"bytes": size, "weight_bytes": size, "sha256": sha256_file(path)}
+            paths.append(peers.requantise(source, self.out / "gguf", name, s.threads))
+            size = paths[0].stat().st_size
+            return {"bytes": size, "weight_bytes": size, "sha256": sha256_file(paths[0])}
 
         row.parts.pop("export", None)
         made = row.measure("export", key_of(self.teacher.sha256, str(self.gguf)), make)
@@ -352,7 +357,7 @@ class Comparison:
 
         def model() -> LanguageModel:
             if not opened:
-                opened.append(peers.GgufModel(path, self.teacher.tokenizer_path, room, s.threads))
+                opened.append(peers.GgufModel(paths[0], self.teacher.tokenizer_path, room, s.threads))
             return opened[0]
 
         self._measure(
@@ -360,7 +365,7 @@ class Comparison:
             key=[made["sha256"], self.teacher.sha256],
             open_model=model,
             reference=self._torch_teacher,
-            speed=lambda *sizes: peers.peer_speed("gguf", path, *sizes),
+            speed=lambda *sizes: peers.peer_speed("gguf", paths[0], *sizes),
             with_drift=False,
         )
         row.keep(list(PARTS))

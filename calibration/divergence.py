@@ -28,6 +28,12 @@ class Losses:
     kl: np.ndarray | None = None
     same: np.ndarray | None = None
 
+    def part(self, begin: int, end: int) -> Losses:
+        cut = slice(begin, end)
+        if self.kl is None or self.same is None:
+            return Losses(self.nll[cut])
+        return Losses(self.nll[cut], self.kl[cut], self.same[cut])
+
     @classmethod
     def join(cls, parts: list[Losses]) -> Losses:
         nll = np.concatenate([part.nll for part in parts])

@@ -48,21 +48,18 @@ def summary(losses: Losses) -> dict[str, Any]:
 
 
 def drift(
-    model: LanguageModel, reference: LanguageModel | None, ids: np.ndarray, progress: Progress
+    model: LanguageModel, reference: LanguageModel | None, rows: np.ndarray, progress: Progress
 ) -> dict[str, Any]:
-    """One text ids [T] read in one go, in ``BUCKETS`` equal parts: does the error grow with the state?
+    """Texts [n,T], each read in one go, in ``BUCKETS`` equal parts: does the error grow with the state?
 
     ratio: mean KL of the last part over that of the first; None without a reference.
     """
-    losses = text_losses(model, reference, ids, progress=Counter("drift", len(ids) - 1, progress))
-    edges = np.linspace(0, len(losses.nll), BUCKETS + 1).astype(int)
+    count = Counter("drift", rows.size - len(rows), progress)
+    texts = [text_losses(model, reference, row, progress=count) for row in rows]
+    edges = np.linspace(0, rows.shape[1] - 1, BUCKETS + 1).astype(int)
     buckets = []
     for begin, end in itertools.pairwise(edges):
-        part = Losses(
-            losses.nll[begin:end],
-            None if losses.kl is None else losses.kl[begin:end],
-            None if losses.same is None else losses.same[begin:end],
-        )
+        part = Losses.join([losses.part(begin, end) for losses in texts])
         buckets.append({"begin": int(begin) + 1, "end": int(end) + 1, **summary(part)})
     first, last = buckets[0]["kl"], buckets[-1]["kl"]
     return {"buckets": buckets, "ratio": last / first if first else None}

@@ -21,6 +21,7 @@ import numpy as np
 from lawcat_edge.calibration.measure import fresh_process
 from lawcat_edge.evaluate.lm import load_tokenizer
 from lawcat_edge.runtime.errors import LawcatError
+from lawcat_edge.runtime.files import sha256_file
 from lawcat_edge.runtime.stats import peak_memory
 
 GGUF_TYPES = {"gguf-q8_0": 7, "gguf-q4_0": 2}
@@ -90,12 +91,19 @@ def teacher_gguf(teacher: str, given: Path | None) -> Path:
     raise LawcatError("The teacher is no GGUF file; convert it with llama.cpp and name the file with --gguf.")
 
 
-def requantise(source: Path, target: Path, file_type: int, threads: int | None = None) -> Path:
-    """``source`` in another GGUF type, written under a temporary name and renamed."""
+def gguf_rows(teacher: str) -> list[str]:
+    """Names of the rows: the teacher's own file too, where it came as one."""
+    came_so = teacher == "smollm2" or teacher.lower().endswith(".gguf")
+    return [*GGUF_TYPES, "gguf-as-given"] if came_so else list(GGUF_TYPES)
+
+
+def requantise(source: Path, folder: Path, row: str, threads: int | None = None) -> Path:
+    """``source`` in the GGUF type of a row, kept in ``folder``: made once of each source."""
+    if row not in GGUF_TYPES:
+        return source
+    target = folder / f"{row}-{sha256_file(source)[:12]}.gguf"
     if target.is_file():
         return target
-    if not llama_cpp_installed():
-        raise LawcatError("llama-cpp-python is not installed; run pip install llama-cpp-python for this row.")
     import llama_cpp
 
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -103,7 +111,7 @@ def requantise(source: Path, target: Path, file_type: int, threads: int | None =
     quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)  # kept while llama.cpp may call it
     llama_cpp.llama_log_set(quiet, ctypes.c_void_p(0))
     settings = llama_cpp.llama_model_quantize_default_params()
-    settings.ftype, settings.allow_requantize = file_type, True
+    settings.ftype, settings.allow_requantize = GGUF_TYPES[row], True
     settings.nthread = threads or 0
     failed = llama_cpp.llama_model_quantize(
         str(source).encode(), str(building).encode(), ctypes.byref(settings)

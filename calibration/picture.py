@@ -41,14 +41,13 @@ def _sizes(axes: Any, rows: list[dict[str, Any]]) -> None:
         colour = "tab:green" if best else "tab:blue" if ours else "tab:gray"
         axes.plot(size, kl, marker="o" if ours else "D", ms=7, color=colour, mfc=colour if ours else "none")
         top = get(row, "accuracy", "top1")
-        label = name if top is None else f"{name}\n{top * 100:.1f} % same top"
-        axes.annotate(label, (size, kl), xytext=(6, 6), textcoords="offset points", fontsize=8)
+        label = name if top is None else f"{name}, same top {top * 100:.1f} %"
+        axes.annotate(label, (size, kl), xytext=(8, 3), textcoords="offset points", fontsize=8)
     least = min((kl for _, kl, _ in points.values() if kl > 0), default=1e-3)
     # fp32 has KL 0, which no logarithmic axis shows: linear below the smallest of the others
     axes.set_yscale("symlog", linthresh=least / 2)
-    axes.set_ylim(bottom=-least / 8)
-    axes.set_xlim(left=0)
-    axes.margins(x=0.25, y=0.2)
+    axes.set_ylim(-least / 8, 3 * max([kl for _, kl, _ in points.values()] + [least]))
+    axes.set_xlim(0, 1.25 * max(size for size, _, _ in points.values()))
     axes.set(xlabel="MB on disk", ylabel="mean KL to fp32 (less is better)", title="accuracy against size")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)

@@ -132,7 +132,8 @@ def notes(report: dict[str, Any]) -> list[str]:
         f"Perplexity, KL and same top (most likely token): {s['samples']} sequences of {s['length']:,} "
         f"tokens of {', '.join(report['text'])}. KL of a scheme is against the fp32 bundle, of a GGUF file "
         "against the teacher in fp32.",
-        f"Drift: mean KL of the last eighth of {s['drift_length']:,} tokens over that of the first eighth.",
+        f"Drift: mean KL of the last eighth of {s['drift_length']:,} tokens over that of the first eighth, "
+        f"in {s['drift_samples']} texts.",
         f"Retrieval: {s['task_samples']} questions at each of {', '.join(map(str, s['task_lengths']))} "
         "tokens, with the 95 % interval.",
         f"Speed: {s['context']} tokens read, {s['decode_tokens']} written, in a process of its own, with "

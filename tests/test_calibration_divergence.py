@@ -85,11 +85,11 @@ def test_chunks_do_not_change_the_losses_and_bound_what_is_held() -> None:
 
 
 def test_drift_sees_an_error_that_grows_and_none_that_stays() -> None:
-    still = drift(toy("a", 0.5), toy("b", 0.0), IDS, lambda *_: None)
-    grown = drift(toy("a", 0.5, growing=True), toy("b", 0.0), IDS, lambda *_: None)
+    still = drift(toy("a", 0.5), toy("b", 0.0), np.stack([IDS, IDS[::-1]]), lambda *_: None)
+    grown = drift(toy("a", 0.5, growing=True), toy("b", 0.0), np.stack([IDS, IDS[::-1]]), lambda *_: None)
     assert 0.7 < still["ratio"] < 1.4
     assert grown["ratio"] > 20
-    assert [b["tokens"] for b in grown["buckets"]] == [128] * 8
+    assert [b["tokens"] for b in grown["buckets"]] == [256] * 8
 
 
 def test_logits_that_are_not_finite_are_an_error_that_says_where() -> None:

@@ -49,7 +49,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 
 
 def settings() -> comparing.Settings:
-    return comparing.Settings(96, 2, 256, (600,), 2, 32, 4, 1)
+    return comparing.Settings(96, 2, 256, 2, (600,), 2, 32, 4, 1)
 
 
 def run(made: SimpleNamespace, out: Path, names: list[str], **options: Any) -> dict[str, Any]:

@@ -29,6 +29,7 @@ def compare(
     drift_length: Annotated[
         str, typer.Option(help="Tokens of the long text for KL by position, such as 4K or 16K.")
     ] = "4K",
+    drift_samples: Annotated[int, typer.Option(help="Long texts, where there is so much text.")] = 2,
     task_lengths: Annotated[str, typer.Option(help="Tokens of the retrieval questions.")] = "512,1K",
     task_samples: Annotated[int, typer.Option(help="Questions at each length.")] = 20,
     context: Annotated[int, typer.Option(help="Tokens read when speed is measured.")] = 512,
@@ -79,9 +80,16 @@ def compare(
     if adapter is None:
         print("No --adapter: this compares an untrained conversion, which writes no sense.", file=sys.stderr)
     settings = Settings(
-        length, samples, _one(drift_length), tuple(parse_lengths(task_lengths)), task_samples, context,
-        decode_tokens, threads,
-    )  # fmt: skip
+        length=length,
+        samples=samples,
+        drift_length=_one(drift_length),
+        drift_samples=drift_samples,
+        task_lengths=tuple(parse_lengths(task_lengths)),
+        task_samples=task_samples,
+        context=context,
+        decode_tokens=decode_tokens,
+        threads=threads,
+    )
     source = resolve(teacher)
     loaded = Adapter.load(adapter) if adapter is not None else None
     with _progress() as show:
