@@ -69,9 +69,9 @@ def head_losses(
     kls, ces = [], []
     for start in range(0, len(goal), LOSS_ROWS):
         part = slice(start, start + LOSS_ROWS)
-        kl, ce = checkpoint(
-            rows, flat[part], None if taught is None else taught[part], goal[part], use_reentrant=False
-        )
+        args = (flat[part], None if taught is None else taught[part], goal[part])
+        # a single slice fits, so its logits are kept: forming them again would cost an eighth of the step
+        kl, ce = rows(*args) if len(goal) <= LOSS_ROWS else checkpoint(rows, *args, use_reentrant=False)
         kls.append(kl)
         ces.append(ce)
     return torch.cat(kls).view_as(targets), torch.cat(ces).view_as(targets)
