@@ -60,6 +60,8 @@ class Options:
     cors: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.parallel < 1 or self.queue < 0 or self.states < 0:
+            raise LawcatError("--parallel must be at least 1, --queue and --states at least 0.")
         if self.max_tokens < 1 or self.max_request_bytes < 1:
             raise LawcatError("--max-tokens and --max-request-mb must be larger than 0.")
         if self.api_key is not None and not self.api_key.strip():

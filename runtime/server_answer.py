@@ -112,7 +112,8 @@ class _EventStream(Response):
         try:
             await asyncio.wait([write, gone], return_when=asyncio.FIRST_COMPLETED)
             if write.done():
-                write.result()
+                with contextlib.suppress(TimeoutError):  # nobody reads: uvicorn closes the connection
+                    write.result()
         finally:
             job.cancel()
             for task in (write, gone):

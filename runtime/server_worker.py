@@ -122,8 +122,8 @@ class Worker:
     def __init__(
         self, model: Model, parallel: int = 4, queue: int = 16, states: int = 8, stall_seconds: float = 60.0
     ) -> None:
-        if parallel < 1 or queue < 0 or states < 0:
-            raise LawcatError("--parallel must be at least 1, --queue and --states at least 0.")
+        assert parallel >= 1
+        assert min(queue, states) >= 0
         self.model = model
         self.parallel = parallel
         self.queue = queue

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from lawcat_edge.runtime.errors import LawcatError
+
 
 def serve(
     model: Annotated[str, typer.Argument(help="Bundle folder.")],
@@ -47,6 +49,8 @@ def serve(
       curl http://127.0.0.1:8080/v1/chat/completions -H 'Content-Type: application/json'
       -d '{"messages": [{"role": "user", "content": "What is a lighthouse for?"}]}'
     """
+    if not 0 < max_request_mb <= 1024:  # also refuses NaN
+        raise LawcatError("--max-request-mb must be from 0 to 1024.")
     from lawcat_edge.runtime import Model
     from lawcat_edge.runtime.server import Options, is_local
     from lawcat_edge.runtime.server import serve as run
