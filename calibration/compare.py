@@ -27,6 +27,7 @@ from lawcat_edge.calibration import measure, peers
 from lawcat_edge.calibration.divergence import Losses, text_losses
 from lawcat_edge.calibration.rows import Row, key_of, sentence
 from lawcat_edge.config import LawcatConfig
+from lawcat_edge.distill.readers import expand
 from lawcat_edge.evaluate.filler import Encoder
 from lawcat_edge.evaluate.lm import BundleModel, LanguageModel, load_tokenizer
 from lawcat_edge.evaluate.perplexity import text_sequences
@@ -103,9 +104,9 @@ class Comparison:
         tokenizer: Any = _Named(load_tokenizer(teacher.tokenizer_path))
         names = [str(name) for name in files]
         self.texts = [Path(name).name for name in names]
-        self.rows = text_sequences(names, tokenizer, settings.length, settings.samples)
+        self.rows = spread(names, tokenizer, settings.length, settings.samples)
         try:
-            self.long = text_sequences(names, tokenizer, settings.drift_length + 1, settings.drift_samples)
+            self.long = spread(names, tokenizer, settings.drift_length + 1, settings.drift_samples)
         except LawcatError as error:
             raise LawcatError(
                 f"The text is too short to follow the error over {settings.drift_length:,} tokens; give "
@@ -370,6 +371,24 @@ class Comparison:
         )
         row.keep(list(PARTS))
         return row
+
+
+def spread(names: list[str], tokenizer: Any, length: int, samples: int) -> np.ndarray:
+    """``samples`` sequences of ``length`` ids, as many from each file: int32 [≤samples,length].
+
+    One domain alone says little of another, and the first file may be long enough for all. A file that is too
+    short for a sequence is left out; LawcatError when that leaves none.
+    """
+    files = expand(names)[:samples]
+    share = -(-samples // len(files))
+    found = []
+    for k, file in enumerate(files):
+        try:
+            found.append(text_sequences([file], tokenizer, length, share))
+        except LawcatError:
+            if not found and k + 1 == len(files):
+                raise
+    return np.concatenate(found)[:samples]
 
 
 @dataclass(frozen=True)

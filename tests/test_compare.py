@@ -17,6 +17,7 @@ from lawcat_edge.adapter import Adapter
 from lawcat_edge.calibration import compare as comparing
 from lawcat_edge.calibration import measure
 from lawcat_edge.calibration.report import pareto, ppl_change
+from lawcat_edge.evaluate.lm import load_tokenizer
 from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.runtime.files import read_json
 
@@ -194,6 +195,18 @@ def test_another_text_is_measured_anew(made: SimpleNamespace, tmp_path: Path) ->
     assert first["accuracy"]["perplexity"] != second["accuracy"]["perplexity"]
     assert first["export"] == second["export"]
     assert first["speed"] == second["speed"]
+
+
+def test_every_file_gives_its_share_of_the_sequences(made: SimpleNamespace, tmp_path: Path) -> None:
+    tokenizer = SimpleNamespace(tokenizer=load_tokenizer(made.teacher.tokenizer_path))
+    for name, letter in (("a", "a"), ("b", "b"), ("c", "c")):
+        (tmp_path / f"{name}.txt").write_text(letter * (2000 if name != "c" else 10))
+    files = [str(tmp_path / f"{name}.txt") for name in "abc"]
+    a, b = tokenizer.tokenizer.encode("ab").ids
+    assert comparing.spread(files[:2], tokenizer, 50, 3)[:, 25].tolist() == [a, a, b]
+    assert comparing.spread(files, tokenizer, 50, 4)[:, 25].tolist() == [a, a, b, b]
+    with pytest.raises(LawcatError, match="give more text"):
+        comparing.spread(files[2:], tokenizer, 50, 4)
 
 
 def test_a_scheme_of_the_users_own(made: SimpleNamespace, tmp_path: Path) -> None:
