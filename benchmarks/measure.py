@@ -1,6 +1,7 @@
-"""What benchmarks/runner.py runs in processes of their own: one measurement each, as one line of JSON.
+"""What benchmarks/runner.py runs in processes of their own; they talk in lines of JSON.
 
-    python benchmarks/measure.py '["bundle", "my-bundle", 512, 2, 48]'
+    python benchmarks/measure.py '["bandwidth", 2]'
+    python benchmarks/measure.py '["ours", "my-bundle", 512, 2, 48]'      # then: read 512, write 48
 
 Needs numpy, and lawcat_edge or llama_cpp for the side that is measured.
 """
@@ -26,50 +27,75 @@ def peak_memory() -> int:
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
 
 
-def measure_bundle(path: str, context: int, threads: int, decode: int) -> dict[str, Any]:
-    """Load, read `context` random tokens, write `decode`; the warm-up is a text of its own."""
-    from lawcat_edge.runtime import Bundle, Engine
+class Ours:
+    """A bundle, reading and writing random tokens."""
 
-    begin = time.perf_counter()
-    engine = Engine(Bundle.open(path, check_hashes=False), threads=threads)
-    row: dict[str, Any] = {"load_seconds": time.perf_counter() - begin}
-    rng = np.random.default_rng(0)
-    engine.prefill(rng.integers(100, 40_000, min(context, engine.chunk)), engine.new_state())
-    state = engine.new_state()
-    ids = rng.integers(100, 40_000, context)
-    begin = time.perf_counter()
-    token = int(engine.prefill(ids, state)[0].argmax())
-    row["first_token_seconds"] = time.perf_counter() - begin
-    steps = []
-    for _ in range(decode):
-        begin = time.perf_counter()
-        token = int(engine.forward(np.array([[token]]), state)[0].argmax())
-        steps.append(time.perf_counter() - begin)
-    return {**row, "steps": steps, "state_bytes": state.nbytes}
+    def __init__(self, path: str, context: int, threads: int, decode: int) -> None:
+        from lawcat_edge.runtime import Bundle, Engine
+
+        self.engine = Engine(Bundle.open(path, check_hashes=False), threads=threads)
+        self.ids = np.random.default_rng(0).integers(100, 40_000, context)
+        self.at, self.token = 0, 0
+        self.state = self.engine.new_state()
+        self.about = {"state_bytes": self.state.nbytes}
+
+    def warm(self) -> None:
+        self.engine.prefill(self.ids[: self.engine.chunk], self.engine.new_state())
+
+    def read(self, count: int) -> None:
+        logits = self.engine.prefill(self.ids[self.at : self.at + count], self.state)
+        self.at += count
+        self.token = int(logits[0].argmax())
+
+    def write(self) -> None:
+        self.token = int(self.engine.forward(np.array([[self.token]]), self.state)[0].argmax())
 
 
-def measure_peer(path: str, context: int, threads: int, decode: int) -> dict[str, Any]:
-    """The same through llama-cpp-python, whose own choice of the next token is left out."""
-    import llama_cpp
+class Peer:
+    """The same through llama-cpp-python, whose choice of the next token is left out."""
 
+    def __init__(self, path: str, context: int, threads: int, decode: int) -> None:
+        import llama_cpp
+
+        size = context + decode + 8
+        self.model = llama_cpp.Llama(
+            path, n_ctx=size, n_threads=threads, n_threads_batch=threads, verbose=False
+        )
+        self.ids = np.random.default_rng(0).integers(100, 40_000, size).tolist()
+        self.at = 0
+        self.about = {"version": llama_cpp.__version__}
+
+    def warm(self) -> None:
+        self.model.eval(self.ids[:256])
+        self.model.reset()
+
+    def read(self, count: int) -> None:
+        self.model.eval(self.ids[self.at : self.at + count])
+        self.at += count
+
+    def write(self) -> None:
+        self.read(1)
+
+
+def serve(side: type[Ours] | type[Peer], *arguments: Any) -> None:
+    """Do what the lines of stdin say, "read N" or "write N"; answer each with its seconds (of each step)."""
     begin = time.perf_counter()
-    model = llama_cpp.Llama(
-        path, n_ctx=context + decode + 8, n_threads=threads, n_threads_batch=threads, verbose=False
-    )
-    row: dict[str, Any] = {"load_seconds": time.perf_counter() - begin, "version": llama_cpp.__version__}
-    rng = np.random.default_rng(0)
-    model.eval(rng.integers(100, 40_000, min(context, 256)).tolist())
-    model.reset()
-    ids = rng.integers(100, 40_000, context).tolist()
-    begin = time.perf_counter()
-    model.eval(ids)
-    row["first_token_seconds"] = time.perf_counter() - begin
-    steps = []
-    for token in rng.integers(100, 40_000, decode).tolist():
-        begin = time.perf_counter()
-        model.eval([token])
-        steps.append(time.perf_counter() - begin)
-    return {**row, "steps": steps}
+    runner = side(*arguments)
+    load = time.perf_counter() - begin
+    runner.warm()
+    print(json.dumps({"load_seconds": load, **runner.about}), flush=True)
+    for line in sys.stdin:
+        what, count = line.split()
+        times = []
+        for _ in range(int(count) if what == "write" else 1):
+            begin = time.perf_counter()
+            if what == "write":
+                runner.write()
+            else:
+                runner.read(int(count))
+            times.append(time.perf_counter() - begin)
+        print(json.dumps(times), flush=True)
+    print(json.dumps({"peak_memory_bytes": peak_memory()}))
 
 
 def measure_bandwidth(threads: int) -> dict[str, Any]:
@@ -118,14 +144,12 @@ def profile(path: str, threads: int, steps: int = 100) -> dict[str, Any]:
     }
 
 
-CHILDREN = {
-    "bundle": measure_bundle,
-    "peer": measure_peer,
-    "bandwidth": measure_bandwidth,
-    "profile": profile,
-}
+SIDES = {"ours": Ours, "peer": Peer}
+OTHERS = {"bandwidth": measure_bandwidth, "profile": profile}
 
 if __name__ == "__main__":
     kind, *arguments = json.loads(sys.argv[1])
-    result = CHILDREN[kind](*arguments)
-    print(json.dumps({**result, "peak_memory_bytes": peak_memory()}))
+    if kind in SIDES:
+        serve(SIDES[kind], *arguments)
+    else:
+        print(json.dumps(OTHERS[kind](*arguments)))

@@ -2,16 +2,15 @@
 """A bundle against llama.cpp on the same teacher: speed and memory by length of context, as ratios.
 
     python benchmarks/runner.py BUNDLE [--gguf TEACHER.gguf] [--peer-python PYTHON] [--out DIR]
-        [--contexts 128,512,1024,2048,8192,32768] [--peer-max 8192] [--threads 2] [--rounds 2]
-        [--profile]
+        [--contexts 128,512,1024,2048,8192,32768] [--peer-max 8192] [--threads 2] [--profile]
 
 --gguf: the teacher, which is requantized to Q8_0 first unless its name says that it is; without it, or
 without llama-cpp-python (in the interpreter --peer-python), only the bundle is measured. --peer-max: longest
-context for the peer, whose prefill is quadratic. Every figure comes from a fresh process for that context, so
-that peak memory is its own; the sides take turns, and the best round of each counts. Decode is stated twice:
-by the median step, and by the fastest tenth of the steps, which on a busy machine is nearer to what an idle
-one does; the goals use the second for both sides. Say which machine, and how busy (load_average), with any
-ratio.
+context for the peer, whose prefill is quadratic. Each context gets a fresh process on each side, so that peak
+memory is its own, and the two take turns of 512 tokens read or 8 written, so that whatever else the machine
+does meets both alike. Decode is stated by the fastest tenth of the steps, which on a busy machine is nearer
+to what an idle one does, and by the median step; the goals use the first for both sides. Say which machine,
+and how busy (load_average), with any ratio.
 Prints a table; writes runner.png and runner.json to --out; the last line of output is one JSON document.
 """
 
@@ -57,18 +56,82 @@ def weights_per_token(bundle: Path) -> int:
     return round(total)
 
 
-def in_process(python: str, kind: str, *arguments: Any) -> dict[str, Any] | None:
-    """Run one of measure.CHILDREN in a process of its own; None when its package is not there."""
-    command = [python, str(Path(__file__).with_name("measure.py")), json.dumps([kind, *arguments])]
-    # numpy's own threads would come on top of ours.
+def command(python: str, *arguments: Any) -> list[str]:
+    return [python, str(Path(__file__).with_name("measure.py")), json.dumps(arguments)]
+
+
+# numpy's own threads would come on top of ours.
+ENVIRONMENT = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
+
+
+def in_process(*arguments: Any) -> dict[str, Any]:
+    """The result of one of measure.OTHERS, in a process of its own."""
     done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "OPENBLAS_NUM_THREADS": "1"}
+        command(sys.executable, *arguments), stdout=subprocess.PIPE, text=True, env=ENVIRONMENT, check=True
     )
-    if done.returncode:
-        if "No module named 'llama_cpp'" in done.stderr:
-            return None
-        raise SystemExit(f"measuring {kind} {arguments} failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+class Side:
+    """One of measure.SIDES at one context, in a process of its own, working when it is told to."""
+
+    def __init__(self, python: str, *arguments: Any) -> None:
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(
+            command(python, *arguments), stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=ENVIRONMENT
+        )
+        self.about = self._answer()
+        self.read_seconds = 0.0
+        self.steps: list[float] = []
+
+    def _answer(self) -> Any:
+        assert self.process.stdout is not None
+        if line := self.process.stdout.readline():
+            return json.loads(line)
+        assert self.process.stderr is not None
+        raise SystemExit("a side's process ended: " + self.process.stderr.read()[-2000:])
+
+    def _ask(self, what: str, count: int) -> Any:
+        assert self.process.stdin is not None
+        print(what, count, file=self.process.stdin, flush=True)
+        return self._answer()
+
+    def read(self, count: int) -> None:
+        self.read_seconds += sum(self._ask("read", count))
+
+    def write(self, count: int) -> None:
+        self.steps += self._ask("write", count)
+
+    def finish(self, context: int) -> dict[str, Any]:
+        """End the process; its figures. Decode: of the fastest tenth of the steps, and the median one."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        peak = self._answer()["peak_memory_bytes"]
+        self.process.wait()
+        median, fast = (float(np.percentile(self.steps, p)) for p in (50, 10))
+        return {
+            "prefill_tok_s": context / self.read_seconds,
+            "decode_tok_s": 1 / fast,
+            "decode_median_tok_s": 1 / median,
+            "first_token_s": self.read_seconds,
+            "load_s": self.about["load_seconds"],
+            "peak_mb": peak / 1e6,
+        }
+
+
+def measure(context: int, decode: int, sides: dict[str, Side]) -> dict[str, Any]:
+    """All sides at one context, in turns of 512 tokens read, then of 8 written."""
+    for at in range(0, context, 512):
+        for side in sides.values():
+            side.read(min(512, context - at))
+    for at in range(0, decode, 8):
+        for side in sides.values():
+            side.write(min(8, decode - at))
+    return {"context": context, "peer": None, **{name: side.finish(context) for name, side in sides.items()}}
+
+
+def has_peer(python: str) -> bool:
+    return subprocess.run([python, "-c", "import llama_cpp"], capture_output=True).returncode == 0
 
 
 def requantize(python: str, source: Path, target: Path) -> None:
@@ -80,20 +143,6 @@ def requantize(python: str, source: Path, target: Path) -> None:
     )
     if subprocess.run([python, "-c", code, source, target], capture_output=True).returncode:
         raise SystemExit(f"{source} cannot be requantized; give a Q8_0 file of the teacher with --gguf.")
-
-
-def best(rows: list[dict[str, Any]], context: int) -> dict[str, Any]:
-    """The figures of the best round; memory of the largest."""
-    median, fast = (min(float(np.percentile(row["steps"], p)) for row in rows) for p in (50, 10))
-    first = min(row["first_token_seconds"] for row in rows)
-    return {
-        "prefill_tok_s": context / first,
-        "decode_tok_s": 1 / fast,
-        "decode_median_tok_s": 1 / median,
-        "first_token_s": first,
-        "load_s": min(row["load_seconds"] for row in rows),
-        "peak_mb": max(row["peak_memory_bytes"] for row in rows) / 1e6,
-    }
 
 
 def compare(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -167,7 +216,6 @@ def main() -> None:
     parser.add_argument("--peer-max", type=int, default=8192)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--decode-tokens", type=int, default=48)
-    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("."))
     args = parser.parse_args()
@@ -185,24 +233,18 @@ def main() -> None:
             f"{'context':>8} {'':11} {'prefill/s':>10} {'decode/s':>9} {'(median)':>9} "
             f"{'first token s':>14} {'peak MB':>8}"
         )
+        peer = gguf is not None and has_peer(args.peer_python)
         for context in contexts:
-            ours, peers = [], []
-            # One round of a long text takes long enough to even out.
-            for _ in range(args.rounds if context <= 2048 else 1):
-                common = (context, args.threads, args.decode_tokens)
-                ours.append(in_process(sys.executable, "bundle", str(args.bundle), *common))
-                if gguf is not None and context <= args.peer_max:
-                    peers.append(in_process(args.peer_python, "peer", str(gguf), *common))
-            row: dict[str, Any] = {"context": context, "ours": best([r for r in ours if r], context)}
-            found = [r for r in peers if r]
-            row["peer"] = best(found, context) if found else None
-            if found:
-                report["peer_version"] = found[0]["version"]
+            common = (context, args.threads, args.decode_tokens)
+            sides = {"ours": Side(sys.executable, "ours", str(args.bundle), *common)}
+            report["state_bytes"] = sides["ours"].about["state_bytes"]
+            if peer and context <= args.peer_max:
+                sides["peer"] = Side(args.peer_python, "peer", str(gguf), *common)
+                report["peer_version"] = sides["peer"].about["version"]
+            row = measure(context, args.decode_tokens, sides)
             report["rows"].append(row)
-            report["state_bytes"] = ours[0]["state_bytes"] if ours[0] else None
             show(row)
-    bandwidth = in_process(sys.executable, "bandwidth", args.threads)
-    assert bandwidth is not None
+    bandwidth = in_process("bandwidth", args.threads)
     report["bandwidth_gb_s"] = {"read": bandwidth["read_gb_s"], "copy": bandwidth["copy_gb_s"]}
     report["weights_per_token_bytes"] = weights_per_token(args.bundle)
     report["goals"] = compare(report["rows"])
@@ -230,7 +272,7 @@ def main() -> None:
             f"goal {goal['goal']:4}  {'met' if goal['met'] else 'MISSED'}"
         )
     if args.profile:
-        report["profile"] = in_process(sys.executable, "profile", str(args.bundle), args.threads)
+        report["profile"] = in_process("profile", str(args.bundle), args.threads)
         show_profile(report["profile"])
     draw(report["rows"], args.out / "runner.png")
     (args.out / "runner.json").write_text(json.dumps(report, indent=1))
@@ -253,8 +295,7 @@ def show(row: dict[str, Any]) -> None:
     sys.stdout.flush()
 
 
-def show_profile(found: dict[str, Any] | None) -> None:
-    assert found is not None
+def show_profile(found: dict[str, Any]) -> None:
     print(f"\none decode step: {found['step_ms']:.2f} ms")
     for op, item in found["operators"].items():
         print(f"  {op:34} {item['ms']:7.3f} ms in {item['nodes']:4} nodes")
