@@ -25,7 +25,7 @@ class Automatic:
 
     def __init__(self, run: Comparison) -> None:
         self.run, self.out = run, run.out
-        self.ids = run.rows[:SEQUENCES, :TOKENS]
+        self.ids = run.texts.rows[:SEQUENCES, :TOKENS]
         self._simulated: Simulated | None = None
         self._text: sensitivity.Text | None = None
 

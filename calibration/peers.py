@@ -71,8 +71,10 @@ class GgufModel:
         return self.model.scores[before : self.model.n_tokens]
 
 
-def llama_cpp_installed() -> bool:
-    return importlib.util.find_spec("llama_cpp") is not None
+def need_llama_cpp() -> None:
+    """Raise LawcatError where llama-cpp-python is not installed."""
+    if importlib.util.find_spec("llama_cpp") is None:
+        raise LawcatError("llama-cpp-python is not installed; run pip install llama-cpp-python for this row.")
 
 
 def teacher_gguf(teacher: str, given: Path | None) -> Path:
@@ -104,6 +106,7 @@ def requantise(source: Path, folder: Path, row: str, threads: int | None = None)
     target = folder / f"{row}-{sha256_file(source)[:12]}.gguf"
     if target.is_file():
         return target
+    need_llama_cpp()
     import llama_cpp
 
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -95,3 +95,8 @@ def _stored(path: Path, name: str) -> dict[str, dict[str, Any]]:
         for name, part in parts.items()
         if isinstance(part, dict) and isinstance(part.get("seconds"), (int, float)) and "result" in part
     }
+
+
+def file_name(name: str) -> str:
+    """A row's name as a file name."""
+    return "".join(c if c.isalnum() or c in "-_." else "_" for c in name)[:80].lstrip(".") or "_"

@@ -14,9 +14,10 @@ from tiny_teacher import write_corpus
 
 from lawcat_edge import cli
 from lawcat_edge.adapter import Adapter
+from lawcat_edge.calibration import bundles, measure
 from lawcat_edge.calibration import compare as comparing
-from lawcat_edge.calibration import measure
 from lawcat_edge.calibration.report import pareto, ppl_change
+from lawcat_edge.calibration.settings import Settings, spread
 from lawcat_edge.evaluate.lm import load_tokenizer
 from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.runtime.files import read_json
@@ -49,8 +50,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     return made
 
 
-def settings() -> comparing.Settings:
-    return comparing.Settings(96, 2, 256, 2, (600,), 2, 32, 4, 1)
+def settings() -> Settings:
+    return Settings(96, 2, 256, 2, (600,), 2, 32, 4, 1)
 
 
 def run(made: SimpleNamespace, out: Path, names: list[str], **options: Any) -> dict[str, Any]:
@@ -122,7 +123,7 @@ def test_resuming_measures_nothing_again(
 
     for name in ("accuracy", "drift", "tasks", "bundle_speed"):
         monkeypatch.setattr(measure, name, never)
-    monkeypatch.setattr(comparing, "export_bundle", never)
+    monkeypatch.setattr(bundles, "export_bundle", never)
     code = cli.run([*made.arguments, "--out", str(made.out), "--schemes", "int8", "--no-peers", "--json"])
     assert code == 0
     again = json.loads(capsys.readouterr().out)
@@ -203,10 +204,10 @@ def test_every_file_gives_its_share_of_the_sequences(made: SimpleNamespace, tmp_
         (tmp_path / f"{name}.txt").write_text(letter * (2000 if name != "c" else 10))
     files = [str(tmp_path / f"{name}.txt") for name in "abc"]
     a, b = tokenizer.tokenizer.encode("ab").ids
-    assert comparing.spread(files[:2], tokenizer, 50, 3)[:, 25].tolist() == [a, a, b]
-    assert comparing.spread(files, tokenizer, 50, 4)[:, 25].tolist() == [a, a, b, b]
+    assert spread(files[:2], tokenizer, 50, 3)[:, 25].tolist() == [a, a, b]
+    assert spread(files, tokenizer, 50, 4)[:, 25].tolist() == [a, a, b, b]
     with pytest.raises(LawcatError, match="give more text"):
-        comparing.spread(files[2:], tokenizer, 50, 4)
+        spread(files[2:], tokenizer, 50, 4)
 
 
 def test_a_scheme_of_the_users_own(made: SimpleNamespace, tmp_path: Path) -> None:

@@ -68,8 +68,9 @@ def compare(
       lawcat-edge compare smollm2 --adapter adapter --text book.txt --out out --max-kl 0.005 --max-mb 150
     """
     from lawcat_edge.adapter import Adapter
-    from lawcat_edge.calibration.compare import Comparison, Settings
+    from lawcat_edge.calibration.compare import Comparison
     from lawcat_edge.calibration.report import errors, markdown, print_table
+    from lawcat_edge.calibration.settings import Settings
     from lawcat_edge.commands.eval import parse_lengths
     from lawcat_edge.runtime.files import write_json, write_text
     from lawcat_edge.teacher import resolve
