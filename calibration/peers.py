@@ -26,6 +26,7 @@ from lawcat_edge.runtime.stats import peak_memory
 
 GGUF_TYPES = {"gguf-q8_0": 7, "gguf-q4_0": 2}
 """Row name: llama.cpp's file type."""
+_QUIET: list[Any] = []  # callbacks live as long as llama.cpp may call them
 
 
 class GgufModel:
@@ -111,15 +112,14 @@ def requantise(source: Path, folder: Path, row: str, threads: int | None = None)
 
     target.parent.mkdir(parents=True, exist_ok=True)
     building = target.with_name(f".{target.name}.tmp")
-    quiet = llama_cpp.llama_log_callback(lambda level, text, data: None)  # kept while llama.cpp may call it
-    llama_cpp.llama_log_set(quiet, ctypes.c_void_p(0))
+    _QUIET.append(llama_cpp.llama_log_callback(lambda level, text, data: None))
+    llama_cpp.llama_log_set(_QUIET[-1], ctypes.c_void_p(0))  # a line for each tensor, else
     settings = llama_cpp.llama_model_quantize_default_params()
     settings.ftype, settings.allow_requantize = GGUF_TYPES[row], True
     settings.nthread = threads or 0
     failed = llama_cpp.llama_model_quantize(
         str(source).encode(), str(building).encode(), ctypes.byref(settings)
     )
-    llama_cpp.llama_log_set(llama_cpp.llama_log_callback(), ctypes.c_void_p(0))  # as it was
     if failed:
         building.unlink(missing_ok=True)
         raise LawcatError(f"llama.cpp could not requantise {source.name}; give another file with --gguf.")
