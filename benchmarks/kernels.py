@@ -378,7 +378,10 @@ def main() -> int:
         print(json.dumps({"tune": rows}))
         return 0
     if not args.tiny:  # building kernels is work for the CPU: all shapes at once
-        warm = [subprocess.Popen([sys.executable, __file__, "--warm", name, "--parts", args.parts]) for name in SHAPES]
+        warm = [
+            subprocess.Popen([sys.executable, __file__, "--warm", name, "--parts", args.parts])
+            for name in SHAPES
+        ]
         for worker in warm:
             worker.wait()
     errors = check(device)

@@ -58,15 +58,24 @@ def measure(module: torch.nn.Module, ids: torch.Tensor, parameters: list, repeat
     wait()
     seconds = (time.perf_counter() - start) / repeats
     memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
-    return {"first_s": round(first, 2), "step_s": round(seconds, 4), "tokens_s": round(ids.numel() / seconds), "gib": round(memory, 1)}
+    return {
+        "first_s": round(first, 2),
+        "step_s": round(seconds, 4),
+        "tokens_s": round(ids.numel() / seconds),
+        "gib": round(memory, 1),
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shapes", default="1x256")
     parser.add_argument("--backends", default="auto")
     parser.add_argument("--window", default="0")
-    parser.add_argument("--compile", action="store_true", help="also with torch.compile on the feed-forward part")
+    parser.add_argument(
+        "--compile", action="store_true", help="also with torch.compile on the feed-forward part"
+    )
     parser.add_argument("--layers", type=int, default=30)
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
@@ -77,7 +86,9 @@ def main() -> None:
         for window in map(int, args.window.split(",")):
             for compiled in (False, True) if args.compile else (False,):
                 torch.manual_seed(0)
-                model = LawcatModel(LlamaForCausalLM(SMOLLM2), Geometry.from_hf(SMOLLM2), LawcatConfig(window=window), backend)
+                model = LawcatModel(
+                    LlamaForCausalLM(SMOLLM2), Geometry.from_hf(SMOLLM2), LawcatConfig(window=window), backend
+                )
                 model.to(device)
                 if compiled:
                     model.compile_parts()
@@ -92,7 +103,13 @@ def main() -> None:
                         batch, length = map(int, shape.split("x"))
                         ids = torch.randint(0, SMOLLM2.vocab_size, (batch, length), device=device)
                         module = TransferStep(model) if stage == "transfer" else FinetuneStep(model, 1.0, 0.0)
-                        row = {"stage": stage, "backend": backend, "window": window, "compiled": compiled, "shape": shape}
+                        row = {
+                            "stage": stage,
+                            "backend": backend,
+                            "window": window,
+                            "compiled": compiled,
+                            "shape": shape,
+                        }
                         try:
                             if device == "cuda":
                                 torch.cuda.reset_peak_memory_stats()

@@ -24,7 +24,10 @@ def help_of(*command: str) -> str:
 
 def page() -> str:
     os.environ["COLUMNS"] = os.environ["TERMINAL_WIDTH"] = "100"
-    parts = ["# The command line\n\nWritten by `make docs` from the commands' own help.\n", f"```\n{help_of()}\n```\n"]
+    parts = [
+        "# The command line\n\nWritten by `make docs` from the commands' own help.\n",
+        f"```\n{help_of()}\n```\n",
+    ]
     parts += [f"## {name}\n\n```\n{help_of(name)}\n```\n" for name in COMMANDS]
     return "\n".join(parts)
 

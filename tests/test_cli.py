@@ -318,6 +318,11 @@ def test_a_disk_that_fills_up_while_training(
     assert not list(tmp_path.iterdir())
 
 
+def hear_ctrl_c() -> None:
+    """A shell's background job ignores SIGINT, and its children would inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.skipif(os.name == "nt", reason="no SIGINT to a child there")
 def test_ctrl_c_while_training_keeps_the_checkpoint_alone(base: Path, tmp_path: Path) -> None:
     out = tmp_path / "adapter"
@@ -326,7 +331,7 @@ def test_ctrl_c_while_training_keeps_the_checkpoint_alone(base: Path, tmp_path: 
     log = tmp_path / "adapter.run" / "checkpoint" / "state.json"
     with subprocess.Popen(
         [sys.executable, "-m", "lawcat_edge", *command, *settings],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=hear_ctrl_c,
     ) as child:  # fmt: skip
         end = time.monotonic() + 90
         while not log.is_file() and child.poll() is None and time.monotonic() < end:
@@ -345,7 +350,11 @@ def test_ctrl_c_while_training_keeps_the_checkpoint_alone(base: Path, tmp_path: 
 def test_ctrl_c_while_waiting_for_input(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "lawcat_edge", "generate", str(tmp_path), "--prompt", "-"]
     with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=hear_ctrl_c,
     ) as child:
         time.sleep(2)
         child.send_signal(signal.SIGINT)

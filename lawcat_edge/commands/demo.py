@@ -28,7 +28,8 @@ SHORT = {
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for what the demo makes.")] = Path("demo"),
     from_scratch: Annotated[
-        bool, typer.Option("--from-scratch", help="Distil a short while here, even if an adapter is published.")
+        bool,
+        typer.Option("--from-scratch", help="Distil a short while here, even if an adapter is published."),
     ] = False,
     prompt: Annotated[str, typer.Option(help="What to ask the model.")] = PROMPT,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
@@ -123,7 +124,9 @@ def _export(teacher: Any, adapter: Path, bundle: Path) -> None:
         except (LawcatError, KeyError, TypeError):
             pass  # damaged or of another version: made anew
     _say("3/4  export to int8 ONNX, replayed in onnxruntime against torch")
-    export("smollm2", out=bundle, adapter=adapter, scheme="int8", ops="ort", name=None, verify=True, json_=False)
+    export(
+        "smollm2", out=bundle, adapter=adapter, scheme="int8", ops="ort", name=None, verify=True, json_=False
+    )
 
 
 def _ask(bundle: Path, prompt: str, show: bool) -> dict[str, Any]:

@@ -59,12 +59,23 @@ class DistillSettings:
             raise LawcatError(f"stage must be one of {', '.join(STAGES)}, not {self.stage!r}.")
         if self.precision not in ("auto", "fp32", "bf16"):
             raise LawcatError(f"precision must be auto, fp32 or bf16, not {self.precision!r}.")
-        for name in ("seq_len", "finetune_seq_len", "batch_size", "grad_accumulation", "lora_rank", "checkpoint_every"):
+        for name in (
+            "seq_len",
+            "finetune_seq_len",
+            "batch_size",
+            "grad_accumulation",
+            "lora_rank",
+            "checkpoint_every",
+        ):
             if type(getattr(self, name)) is not int or getattr(self, name) < 1:
-                raise LawcatError(f"{name} must be a whole number of at least 1, not {getattr(self, name)!r}.")
+                raise LawcatError(
+                    f"{name} must be a whole number of at least 1, not {getattr(self, name)!r}."
+                )
         for name in ("transfer_tokens", "finetune_tokens", "teacher_tokens"):
             if type(getattr(self, name)) is not int or getattr(self, name) < 0:
-                raise LawcatError(f"{name} must be a whole number of at least 0, not {getattr(self, name)!r}.")
+                raise LawcatError(
+                    f"{name} must be a whole number of at least 0, not {getattr(self, name)!r}."
+                )
         for name in ("lr_transfer", "lr_lora", "lr_new", "kl_weight", "ce_weight", "clip"):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not 0 <= value < 1e4:
@@ -96,7 +107,9 @@ def load_recipe(name: str) -> DistillSettings:
     """Settings of a recipe that ships with the package, or of a JSON file of the user's."""
     path = RECIPES / f"{name}.json" if name in recipe_names() else Path(name)
     if not path.is_file():
-        raise LawcatError(f"There is no recipe {name!r}; take one of {', '.join(recipe_names())}, or a JSON file.")
+        raise LawcatError(
+            f"There is no recipe {name!r}; take one of {', '.join(recipe_names())}, or a JSON file."
+        )
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
