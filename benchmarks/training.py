@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Tokens per second of both distillation stages, on random weights of a real teacher's shape.
 
-    python benchmarks/training.py [--shapes 16x1024,8x4096] [--backends triton,torch] [--window 0,64] [--compile]
+    python benchmarks/training.py [--shapes 16x1024,8x4096] [--backends triton,torch] [--window 0,64]
+        [--compile]
 
 Prints a table, and one JSON line last. Runs on a GPU when there is one, else on the CPU.
 """

@@ -68,7 +68,7 @@ def test_rotary_frequencies_are_those_of_transformers(rope: dict[str, Any]) -> N
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    sizes = {"hidden_size": 256, "num_attention_heads": 4, "max_position_embeddings": 131072}
+    sizes: dict[str, Any] = {"hidden_size": 256, "num_attention_heads": 4, "max_position_embeddings": 131072}
     config = LlamaConfig(**sizes, rope_parameters=rope)
     expected = LlamaRotaryEmbedding(config).inv_freq.double().numpy()
     np.testing.assert_allclose(Geometry.from_hf(config).inv_freq(), expected, rtol=1e-6)

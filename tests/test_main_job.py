@@ -1,4 +1,4 @@
-"""The main job on the real teacher: convert, export, replay against torch, generate. Minutes, so marked slow."""
+"""The main job on the real teacher: convert, export, replay against torch, generate. Marked slow."""
 
 from __future__ import annotations
 

