@@ -379,7 +379,7 @@ def test_work_for_a_client_that_left_is_ended(folder: Path) -> None:
 
 
 def test_a_reader_that_does_not_read_keeps_nobody_waiting(folder: Path) -> None:
-    with running(folder, parallel=1, queue=4, stall_seconds=1.0) as found:
+    with running(folder, parallel=1, queue=4, stall_seconds=5.0) as found:
         body = json.dumps({
             "prompt": "x", "max_tokens": 30_000, "stream": True, "logprobs": 20, "ignore_eos": True,
         }).encode()  # fmt: skip
@@ -390,7 +390,7 @@ def test_a_reader_that_does_not_read_keeps_nobody_waiting(folder: Path) -> None:
         until(lambda: found.health()["running"] == 1)
         # One turn at a time, and the lazy one's answer would take many seconds: this waits for its blocking.
         assert ask(found.client(), "me").usage.completion_tokens == 24
-        assert found.health()["running"] == 1
+        assert found.health()["running"] >= 1  # the other's place may not be free yet
         until(lambda: found.health()["running"] == 0, 40)  # dropped, though its client is still there
         lazy.close()
 

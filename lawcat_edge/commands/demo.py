@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -125,9 +126,17 @@ def _export(teacher: Any, adapter: Path, bundle: Path) -> None:
         except (LawcatError, KeyError, TypeError):
             pass  # damaged or of another version: made anew
     _say("3/4  export to int8 ONNX, replayed in onnxruntime against torch")
-    export(
-        "smollm2", out=bundle, adapter=adapter, scheme="int8", ops="ort", name=None, verify=True, json_=False
-    )
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the answer, or for the one JSON document
+        export(
+            "smollm2",
+            out=bundle,
+            adapter=adapter,
+            scheme="int8",
+            ops="ort",
+            name=None,
+            verify=True,
+            json_=False,
+        )
 
 
 def _ask(bundle: Path, prompt: str, show: bool) -> dict[str, Any]:
