@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -110,18 +109,15 @@ class LawcatModel(nn.Module):
         return self._rotary[key]
 
     def hidden(
-        self, input_ids: Tensor, state: list[LayerState] | None = None, wrap: Callable | None = None
+        self, input_ids: Tensor, state: list[LayerState] | None = None
     ) -> tuple[Tensor, list[LayerState] | None]:
-        """Student's final hidden states [B,T,D]. ``wrap`` may checkpoint: it is called as wrap(fn, *args)."""
+        """Student's final hidden states [B,T,D], and the state after them when one was given."""
         x = self.embed_tokens(input_ids)
         rotary = self.rotary(state[0].seen if state else 0, input_ids.shape[1])
         after: list[LayerState] = []
         for i, layer in enumerate(self.layers):
-            if state is None:
-                x = wrap(layer.student, x, rotary, None)[0] if wrap else layer.student(x, rotary, None)[0]
-            else:
-                x, layer_state = layer.student(x, rotary, state[i])
-                after.append(layer_state)
+            x, layer_state = layer.student(x, rotary, None if state is None else state[i])
+            after.append(layer_state)
         return self.norm(x), after if state is not None else None
 
     def forward(
