@@ -35,7 +35,7 @@ from lawcat_edge.weights import MergedWeights, WeightSource, check_shapes
 FLAVOURS = ("ort", "onnx", "portable")
 CHUNK = 32  # tokens of the portable graph of fixed length
 VERIFY_TOKENS = 128
-_MIN_ONNXRUNTIME = {"ort": "1.25.1", "onnx": "1.32.0", "portable": "1.17.0"}
+MIN_ONNXRUNTIME = {"ort": "1.25.1", "onnx": "1.32.0", "portable": "1.17.0"}
 Progress = Callable[[str, int, int], None]
 
 
@@ -104,7 +104,7 @@ def export_bundle(
             graphs={flavour: graph_files(flavour) for flavour in ops},
             state=expected_state(geometry.to_dict(), config.to_dict()),
             tokens=tokens,
-            min_onnxruntime=min((_MIN_ONNXRUNTIME[op] for op in ops), key=_numbers),
+            min_onnxruntime={op: MIN_ONNXRUNTIME[op] for op in ops},
         )
         write_manifest(staging, manifest)
         measured: dict[str, Agreement | None] = {}
@@ -169,14 +169,17 @@ def _write_graphs(
             counts[flavour] = round(layers / layout.geometry.num_layers, 2)
         if kind == "last" and "portable" in ops:
             for name, tokens in (("step", 1), ("chunk", CHUNK)):
-                ir.save(rewrite(model, "portable", tensors, tokens), folder / f"model_portable_{name}.onnx")
+                ir.save(rewrite(model, "portable", tensors, tokens), folder / graph_files("portable")[name])
     return counts
 
 
 def graph_files(flavour: str) -> dict[str, str]:
     """File of each graph of a flavour; the first flavour has the plain names that other tools expect."""
     stem = "model" if flavour == "ort" else f"model_{flavour}"
-    return {"last": f"{stem}.onnx", "all": f"{stem}_all.onnx"}
+    files = {"last": f"{stem}.onnx", "all": f"{stem}_all.onnx"}
+    if flavour == "portable":
+        files |= {"step": f"{stem}_step.onnx", "chunk": f"{stem}_chunk.onnx"}
+    return files
 
 
 def untrained_tensors(geometry: Geometry, config: LawcatConfig, seed: int = 0) -> dict[str, np.ndarray]:
@@ -259,10 +262,6 @@ def _readable_errors(out: Path) -> Any:
     except OSError as error:
         reason = error.strerror or str(error)
         raise LawcatError(f"Cannot write {out}: {reason}; make room or choose another folder.") from error
-
-
-def _numbers(version: str) -> list[int]:
-    return [int(part) for part in version.split(".")]
 
 
 def _version() -> str:

@@ -23,6 +23,9 @@ from lawcat_edge.runtime.onnx_check import MAX_MODEL_BYTES, ModelSummary, check_
 MANIFEST = "lawcat_bundle.json"
 FORMAT = 1
 OPS = ("ort", "onnx", "portable")
+# The graphs a flavour may have, all over one weights file. last: logits of the last position; all: of every
+# position. step and chunk: as last, with B = 1 and a fixed T, for runtimes without dynamic shapes.
+GRAPHS = ("last", "all", "step", "chunk")
 TOKENIZER = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 GENERATION_CONFIG = "generation_config.json"
@@ -84,7 +87,7 @@ class Manifest:
     graphs: dict[str, dict[str, str]]
     state: list[StateTensor]
     tokens: dict[str, Any] = field(default_factory=lambda: {"bos": None, "eos": []})
-    min_onnxruntime: str = "1.25.1"
+    min_onnxruntime: dict[str, str] = field(default_factory=dict)  # by flavour
     parity: Parity | None = None
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     format: int = FORMAT
@@ -146,7 +149,7 @@ class Manifest:
             graphs=reader.mapping("graphs"),
             state=[_state_tensor(item, i) for i, item in enumerate(reader.items("state", 1, 8192))],
             tokens=reader.mapping("tokens"),
-            min_onnxruntime=reader.text("min_onnxruntime"),
+            min_onnxruntime=reader.mapping("min_onnxruntime"),
             files=reader.mapping("files"),
         )
         manifest._check_geometry()
@@ -187,13 +190,16 @@ class Manifest:
         if set(self.graphs) != set(self.ops):
             raise _bad("graphs", "must have one entry for each of ops")
         for op, graph in self.graphs.items():
-            if not isinstance(graph, dict) or "last" not in graph or not set(graph) <= {"last", "all"}:
-                raise _bad(f"graphs.{op}", "must name the graph 'last' and may name 'all'")
+            if not isinstance(graph, dict) or "last" not in graph or not set(graph) <= set(GRAPHS):
+                raise _bad(f"graphs.{op}", f"must name the graph 'last' and may name {', '.join(GRAPHS[1:])}")
             for kind, name in graph.items():
                 if not isinstance(name, str) or name not in self.files:
                     raise _bad(f"graphs.{op}.{kind}", "is not among the files")
-        if not re.fullmatch(r"\d{1,4}(\.\d{1,4}){1,3}", self.min_onnxruntime):
-            raise _bad("min_onnxruntime", "must be a version such as 1.25.1")
+        if set(self.min_onnxruntime) != set(self.ops):
+            raise _bad("min_onnxruntime", "must give a version for each of ops")
+        for op, version in self.min_onnxruntime.items():
+            if not re.fullmatch(r"\d{1,4}(\.\d{1,4}){1,3}", _text(version, f"min_onnxruntime.{op}")):
+                raise _bad(f"min_onnxruntime.{op}", "must be a version such as 1.25.1")
 
     def _check_state(self) -> None:
         expected = expected_state(self.geometry, self.lawcat)

@@ -19,11 +19,12 @@ from typing import Any
 import numpy as np
 
 from lawcat_edge.runtime import rotary
-from lawcat_edge.runtime.bundle import Bundle, StateTensor
+from lawcat_edge.runtime.bundle import GRAPHS, Bundle, StateTensor
 from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.runtime.onnx_check import ModelSummary
 
 DEFAULT_CHUNK = 256
+_FIXED = ("step", "chunk")
 _IN_PLACE = {"LinearAttention", "CausalConvWithState"}
 
 
@@ -94,16 +95,23 @@ class _Call:
     """One session, one T, one phase of the buffers: everything bound once, run many times."""
 
     def __init__(
-        self, binding: Any, ids: np.ndarray, logits: np.ndarray, extra: dict[str, np.ndarray]
+        self,
+        session: Any,
+        binding: Any,
+        ids: np.ndarray,
+        logits: np.ndarray,
+        extra: dict[str, np.ndarray],
     ) -> None:
-        self.binding, self.ids, self.logits, self.extra = binding, ids, logits, extra
+        self.session, self.binding = session, binding
+        self.ids, self.logits, self.extra = ids, logits, extra
 
 
 class Engine:
     """A bundle's graphs in onnxruntime sessions. ``forward`` is all there is.
 
     threads: intra-op threads (default: physical cores this process may use).
-    flavour: 'ort', 'onnx' or 'portable'; default the first of these the bundle has.
+    flavour: 'ort', 'portable' or 'onnx'; default the first of these that the bundle has and that the
+    onnxruntime at hand can run.
     """
 
     def __init__(
@@ -138,8 +146,19 @@ class Engine:
         bundle.check_unchanged()
 
     @property
-    def has_all_positions(self) -> bool:
-        return "all" in self.bundle.manifest.graphs[self.flavour]
+    def kinds(self) -> tuple[str, ...]:
+        """The graphs this flavour has: ``last`` and some of ``all``, ``step``, ``chunk``."""
+        return tuple(kind for kind in GRAPHS if kind in self.bundle.manifest.graphs[self.flavour])
+
+    def fixed_tokens(self, kind: str) -> int | None:
+        """T of a graph that takes one length only, None for one that takes any."""
+        if kind not in _FIXED:
+            return None
+        return next(int(i.shape[1]) for i in self._session(kind).get_inputs() if i.name == "input_ids")
+
+    def release(self, kind: str) -> None:
+        """Forget a graph's session, which frees it once no state that ran it is left; loads again on use."""
+        self._sessions.pop(kind, None)
 
     def new_state(self, batch: int = 1) -> State:
         """The state before any token, zeros."""
@@ -151,26 +170,30 @@ class Engine:
         The result is a buffer that the next call with this state overwrites: copy it to keep it.
         Callers feed long texts in pieces (``prefill``), since memory grows with T.
         """
+        logits = self.run("all" if all_positions else "last", ids, state)
+        return logits if all_positions else logits[:, 0]
+
+    def run(self, kind: str, ids: np.ndarray, state: State) -> np.ndarray:
+        """``forward`` through the graph ``kind`` (see ``kinds``); logits [B,T,V] of "all", else [B,1,V]."""
         if ids.ndim != 2 or ids.shape[0] != state.batch or ids.shape[1] < 1:
             raise LawcatError(f"Tokens must have the shape [{state.batch}, T >= 1], not {list(ids.shape)}.")
         if ids.min() < 0 or ids.max() >= self.vocab_size:
             raise LawcatError(f"A token id is outside the vocabulary of {self.vocab_size}; export it again.")
         T = ids.shape[1]
-        kind = "all" if all_positions else "last"
         key = (kind, T, state.phase)
         call = state.bindings.get(key)
         if call is None:
             call = self._bind(kind, T, state)
-            if not all_positions and T in (1, self.chunk):  # the lengths that repeat
+            if kind == "last" and T in (1, self.chunk):  # the lengths that repeat
                 state.bindings[key] = call
         call.ids[...] = ids
         self._fill_extra(call, state, T)
         try:
-            self._sessions[kind].run_with_iobinding(call.binding)
+            call.session.run_with_iobinding(call.binding)
         except Exception as error:
             raise LawcatError(f"onnxruntime failed to run the model: {_first_line(error)}.") from error
         state.advance(T)
-        return call.logits if all_positions else call.logits[:, 0]
+        return call.logits
 
     def prefill(self, tokens: Sequence[int] | np.ndarray, state: State) -> np.ndarray:
         """Feed the tokens of one sequence in chunks, at flat memory; logits [1,V] of the last one."""
@@ -216,7 +239,7 @@ class Engine:
             binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
         for name, array in outputs:
             binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-        return _Call(binding, ids, logits, extra)
+        return _Call(session, binding, ids, logits, extra)
 
     def _session(self, kind: str) -> Any:
         if kind in self._sessions:
@@ -224,7 +247,7 @@ class Engine:
         graphs = self.bundle.manifest.graphs[self.flavour]
         if kind not in graphs:
             raise LawcatError(f"The bundle has no graph for {kind!r} positions; export it again.")
-        ort = _onnxruntime(self.bundle.manifest.min_onnxruntime)
+        ort = _onnxruntime(self.bundle.manifest.min_onnxruntime[self.flavour])
         options = ort.SessionOptions()
         options.intra_op_num_threads = self.threads
         options.inter_op_num_threads = 1
@@ -251,15 +274,21 @@ class Engine:
     def _check_session(self, session: Any, name: str, kind: str) -> None:
         """The session's inputs and outputs are those of the manifest, in type and in every fixed size."""
         manifest = self.bundle.manifest
-        inputs: dict[str, tuple[str, tuple[int | None, ...]]] = {"input_ids": ("tensor(int64)", (None, None))}
+        B = T = None  # any
+        if kind in _FIXED:
+            lengths = [item.shape[1] for item in session.get_inputs() if item.name == "input_ids"]
+            if len(lengths) != 1 or type(lengths[0]) is not int or (kind == "step" and lengths[0] != 1):
+                raise LawcatError(f"{name} does not take a fixed number of tokens; export the bundle again.")
+            B, T = 1, lengths[0]
+        inputs: dict[str, tuple[str, tuple[int | None, ...]]] = {"input_ids": ("tensor(int64)", (B, T))}
         if manifest.rope:
             for key in ("rotary_cos", "rotary_sin"):
-                inputs[key] = ("tensor(float)", (None, manifest.geometry["head_dim"]))
+                inputs[key] = ("tensor(float)", (T, manifest.geometry["head_dim"]))
         outputs: dict[str, tuple[str, tuple[int | None, ...]]] = {
-            "logits": ("tensor(float)", (None, None if kind == "all" else 1, manifest.vocab_size))
+            "logits": ("tensor(float)", (B, T if kind == "all" else 1, manifest.vocab_size))
         }
         for tensor in manifest.state:
-            inputs[tensor.input] = outputs[tensor.output] = ("tensor(float)", (None, *tensor.shape))
+            inputs[tensor.input] = outputs[tensor.output] = ("tensor(float)", (B, *tensor.shape))
         if manifest.window > 1:
             inputs["window_fill"] = ("tensor(int64)", (1,))
         for kind_of, expected, found in (
@@ -306,7 +335,9 @@ def physical_cores() -> int:
 def _choose_flavour(bundle: Bundle, flavour: str | None) -> str:
     available = bundle.manifest.ops
     if flavour is None:
-        return next(op for op in ("ort", "portable", "onnx") if op in available)
+        ordered = [op for op in ("ort", "portable", "onnx") if op in available]
+        installed, needed = _version(_onnxruntime().__version__), bundle.manifest.min_onnxruntime
+        return next((op for op in ordered if installed >= _version(needed[op])), ordered[0])
     if flavour not in available:
         raise LawcatError(
             f"The bundle has no {flavour!r} graph, only {', '.join(available)}; "
@@ -315,7 +346,7 @@ def _choose_flavour(bundle: Bundle, flavour: str | None) -> str:
     return flavour
 
 
-def _onnxruntime(minimum: str) -> Any:
+def _onnxruntime(minimum: str = "0") -> Any:
     try:
         import onnxruntime
     except ImportError as error:

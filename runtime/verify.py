@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,11 +53,13 @@ def verify(
         if manifest.parity is None:
             raise CheckFailed(f"{path} records no parity vectors to replay; export it again.")
         for flavour in manifest.ops:
-            worst = replay(Engine(bundle, threads=threads, flavour=flavour), manifest.parity)
+            engine = Engine(bundle, threads=threads, flavour=flavour)
+            worst = replay(engine, manifest.parity)
             passed(
                 f"parity ({flavour})",
-                f"{len(manifest.parity.tokens)} tokens in {len(manifest.parity.pieces)} pieces: "
-                f"largest relative error {worst:.2e}, allowed {manifest.parity.bound:.2e}",
+                f"{len(manifest.parity.tokens)} tokens in {len(manifest.parity.pieces)} pieces, graphs "
+                f"{', '.join(engine.kinds)}: largest relative error {worst:.2e}, "
+                f"allowed {manifest.parity.bound:.2e}",
             )
     except CheckFailed:
         raise
@@ -69,29 +71,35 @@ def verify(
 def replay(engine: Engine, parity: Parity) -> float:
     """Feed the recorded tokens in their pieces to each graph; the largest relative error seen.
 
-    The last-position graph is compared where a recorded position ends a piece. Beyond the bound: CheckFailed.
+    A graph that gives the last position only is compared where a recorded position ends a piece, one of fixed
+    length is fed pieces of that length. Beyond the bound: CheckFailed.
     """
     worst = 0.0
     expected = {
         position: (np.asarray(ids), np.asarray(logits))
         for position, ids, logits in zip(parity.positions, parity.top_ids, parity.top_logits, strict=True)
     }
-    for all_positions in (False, True) if engine.has_all_positions else (False,):
+    for kind in engine.kinds:
         state, at = engine.new_state(), 0
-        for piece in parity.pieces:
+        for piece in pieces_for(engine, kind, parity.pieces):
             ids = np.asarray(parity.tokens[at : at + piece], np.int64)[None]
-            logits = engine.forward(ids, state, all_positions)
-            # [T,V] of this piece; the graph of the last position has only its last row.
-            rows = logits[0] if all_positions else logits
-            first = at if all_positions else at + piece - 1
-            for position in range(first, at + piece):
+            rows = engine.run(kind, ids, state)[0]  # [T,V] of this piece, or [1,V] of its last position
+            at += piece
+            first = at - len(rows)
+            for position in range(first, at):
                 if position in expected:
                     worst = max(
                         worst, _compare(rows[position - first], *expected[position], parity, position)
                     )
-            at += piece
         _check_state(state)
+        engine.release(kind)
     return worst
+
+
+def pieces_for(engine: Engine, kind: str, pieces: Sequence[int]) -> Sequence[int]:
+    """``pieces`` for a graph of any T; as many of its own length as fit for one of fixed T."""
+    fixed = engine.fixed_tokens(kind)
+    return pieces if fixed is None else [fixed] * (sum(pieces) // fixed)
 
 
 def _compare(got: np.ndarray, ids: np.ndarray, want: np.ndarray, parity: Parity, position: int) -> float:

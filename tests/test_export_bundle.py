@@ -20,9 +20,10 @@ from lawcat_edge.export.schemes import SCHEMES, Product, Scheme, load_scheme
 from lawcat_edge.export.verify import compare, cut, replay
 from lawcat_edge.export.writer import DataWriter
 from lawcat_edge.families import Geometry
-from lawcat_edge.runtime.bundle import Bundle
+from lawcat_edge.runtime.bundle import Bundle, write_manifest
 from lawcat_edge.runtime.engine import Engine
 from lawcat_edge.runtime.errors import CheckFailed, LawcatError
+from lawcat_edge.runtime.verify import verify
 from lawcat_edge.weights import RandomWeights
 
 FLAVOURS = ("ort", "onnx", "portable")
@@ -42,6 +43,35 @@ def test_flavours_agree(tmp_path: Path, scheme: str, settings: dict[str, Any]) -
         assert graph.ir_version <= ir_version
         assert {node.domain for node in graph.graph.node} == {""}
         onnx.checker.check_model(str(tmp_path / "b" / f"model_{name}.onnx"), full_check=True)
+
+
+def test_every_graph_is_listed_and_replayed(tmp_path: Path) -> None:
+    """The manifest names each graph and what each flavour needs; a wrong graph of fixed length is found."""
+    teacher, model, adapter = make_student(tmp_path / "t", config=LawcatConfig(feature_dim=8, window=5))
+    make_bundle(teacher, model, adapter, tmp_path / "b", ops=("ort", "portable"))
+    manifest = Bundle.open(tmp_path / "b").manifest
+    assert manifest.min_onnxruntime == {"ort": "1.25.1", "portable": "1.17.0"}
+    assert set(manifest.graphs["ort"]) == {"last", "all"}
+    assert set(manifest.graphs["portable"]) == {"last", "all", "step", "chunk"}
+    listed = {name for graphs in manifest.graphs.values() for name in graphs.values()}
+    assert listed == {path.name for path in (tmp_path / "b").glob("*.onnx")}
+    assert "last, all, step, chunk" in verify(tmp_path / "b")[-1].detail
+
+    for kind in ("step", "chunk"):
+        name = manifest.graphs["portable"][kind]
+        whole = (tmp_path / "b" / name).read_bytes()
+        graph = onnx.load(tmp_path / "b" / name, load_external_data=False)
+        for tensor in graph.graph.initializer:
+            if not tensor.dims and tensor.data_type == onnx.TensorProto.FLOAT:
+                value = onnx.numpy_helper.to_array(tensor)
+                tensor.CopyFrom(onnx.numpy_helper.from_array(value * np.float32(1.5), tensor.name))
+        (tmp_path / "b" / name).write_bytes(graph.SerializeToString())
+        write_manifest(tmp_path / "b", manifest)
+        with pytest.raises(CheckFailed, match="differ from the recorded ones"):
+            verify(tmp_path / "b")
+        (tmp_path / "b" / name).write_bytes(whole)
+        write_manifest(tmp_path / "b", manifest)
+    verify(tmp_path / "b")
 
 
 @pytest.mark.parametrize(("name", "tokens"), [("step", 1), ("chunk", 32)])

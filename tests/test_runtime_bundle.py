@@ -77,7 +77,9 @@ def _set(*keys: Any, value: Any) -> Any:
         _set("state", 0, "input", value="input_ids"),
         _set("state", 1, "output", value="present.0.conv_state"),
         _set("graphs", "ort", "last", value="../model.onnx"), _set("graphs", "ort", value={}),
-        _set("graphs", value={"portable": {"last": "model.onnx"}}), _set("min_onnxruntime", value="new"),
+        _set("graphs", value={"portable": {"last": "model.onnx"}}), _set("min_onnxruntime", value="1.25.1"),
+        _set("min_onnxruntime", value={"portable": "1.25.1"}), _set("min_onnxruntime", "ort", value="new"),
+        _set("min_onnxruntime", "ort", value=1.25), _set("graphs", "ort", "fast", value="model.onnx"),
         _set("files", "../x", value={"size": 1, "sha256": "0" * 64}),
         _set("files", "model.onnx", "size", value=-1), _set("files", "model.onnx", "size", value=1e3),
         _set("files", "model.onnx", "sha256", value="0" * 63),
@@ -234,9 +236,21 @@ def test_no_vectors_is_not_a_pass(bundle: Path) -> None:
 def test_a_newer_onnxruntime_and_a_missing_flavour_are_named(bundle: Path) -> None:
     with pytest.raises(LawcatError, match="--ops portable"):
         Engine(Bundle.open(bundle), flavour="portable")
-    rewrite_manifest(bundle, lambda data: data.update(min_onnxruntime="99.0"))
+    rewrite_manifest(bundle, lambda data: data.update(min_onnxruntime={"ort": "99.0"}))
     with pytest.raises(LawcatError, match=r"needs onnxruntime 99\.0 or newer"):
         Engine(Bundle.open(bundle))
+
+
+def test_the_flavour_is_one_that_this_onnxruntime_can_run(bundle: Path) -> None:
+    def both(data: dict[str, Any]) -> None:
+        data["ops"].append("portable")
+        data["graphs"]["portable"] = data["graphs"]["ort"]
+        data["min_onnxruntime"] = {"ort": "99.0", "portable": "1.17.0"}
+
+    rewrite_manifest(bundle, both)
+    assert Engine(Bundle.open(bundle)).flavour == "portable"
+    rewrite_manifest(bundle, lambda data: data["min_onnxruntime"].update(ort="1.25.1"))
+    assert Engine(Bundle.open(bundle)).flavour == "ort"
 
 
 def test_a_file_that_changes_while_it_is_loaded_is_noticed(bundle: Path) -> None:

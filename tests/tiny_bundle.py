@@ -204,6 +204,7 @@ def build_tiny_bundle(folder: Path, seed: int = 0, window: int = 0, rope: bool =
         graphs={"ort": {"last": "model.onnx", "all": "model_all.onnx"}},
         state=expected_state(geometry, lawcat),
         tokens={"bos": None, "eos": [IM_END]},
+        min_onnxruntime={"ort": "1.25.1"},
     )
     write_manifest(folder, manifest)
     manifest.parity = _record(folder)

@@ -114,7 +114,8 @@ def _show(document: dict[str, Any]) -> None:
     )
     if document["kind"] == "bundle":
         print(f"  scheme    {document['scheme']}; graphs {', '.join(document['ops'])}; made by ", end="")
-        print(f"{document['created_by']}; needs onnxruntime {document['min_onnxruntime']}")
+        needs = ", ".join(f"{version} ({op})" for op, version in document["min_onnxruntime"].items())
+        print(f"{document['created_by']}; needs onnxruntime {needs}")
         parity = document["parity"]
         if parity and parity["max_rel_err"] == 0:
             print("  against torch: not compared at export; `verify` replays its recorded logits")
