@@ -63,7 +63,6 @@ def inputs(
         "xk": torch.randn(B, T, G, d, **new),
         "taps": torch.randn(H * d, 4, device=device) / 4,
         "W": torch.randn(H, d, width // 2, device=device) / math.sqrt(d),
-        "buffer": torch.zeros(B, H * d, 3, **new),
     }
 
 
@@ -72,8 +71,8 @@ def attention(a: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def layer(a: dict[str, torch.Tensor]) -> torch.Tensor:
-    q, _ = conv_feature_triton(a["xq"], a["taps"], a["W"], a["buffer"])
-    k, _ = conv_feature_triton(a["xk"], a["taps"], a["W"], a["buffer"])
+    q = conv_feature_triton(a["xq"], a["taps"], a["W"], None)
+    k = conv_feature_triton(a["xk"], a["taps"], a["W"], None)
     return gla.gla_triton_normalised(q, k, a["v"], a["g"], None, None, EPS)[0]
 
 

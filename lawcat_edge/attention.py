@@ -149,12 +149,11 @@ class LawcatAttention(nn.Module):
             y, S, z = normalised_gla(phi_q, phi_k, v, decay, S0, z0, eps=c.eps, backend=self.backend)
         else:
             n, den, S, z = gated_linear_attention(phi_q, phi_k, v, decay, S0, z0, backend=self.backend)
-            assert self.omega is not None
-            N_w, Z_w = self.window_attention(q, k, v, state)
-            share = self.omega.sigmoid()[:, None]  # [H,1]
-            y = (share * N_w + n) / (share * Z_w + den[..., None] + c.eps)
+            y = self.mix(n, den, *self.window_attention(q, k, v, state))
         if state is None:
             return y.to(v.dtype), None
+        assert conv_q is not None
+        assert conv_k is not None
         T, w = x.shape[1], c.window
         after = LayerState(
             torch.cat([conv_q, conv_k], 1), torch.cat([S, z[..., None]], -1), seen=state.seen + T
@@ -166,6 +165,12 @@ class LawcatAttention(nn.Module):
             values = torch.cat([state.window_value, v.transpose(1, 2)], 2)
             after.window_key, after.window_value = keys[:, :, T:], values[:, :, T:]
         return y.to(v.dtype), after
+
+    def mix(self, n: Tensor, den: Tensor, N_w: Tensor, Z_w: Tensor) -> Tensor:
+        """y [B,T,H,d] from n [B,T,H,d] and den [B,T,H] of the linear branch and from the window's parts."""
+        assert self.omega is not None
+        share = self.omega.sigmoid()[:, None]  # [H,1]
+        return (share * N_w + n) / (share * Z_w + den[..., None] + self.config.eps)
 
     def log_decay(self, x: Tensor) -> Tensor:
         """g [B,T,G,F] in float32 whatever the autocast: errors here accumulate through the recurrence."""

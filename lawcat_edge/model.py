@@ -29,17 +29,24 @@ class LawcatLayer(nn.Module):
     def feed_forward(self, x: Tensor) -> Tensor:
         return x + self.mlp(self.post_attention_layernorm(x))
 
+    def read(self, x: Tensor, *, teacher: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What attention needs of hidden states x [B,T,D]: the normed x, and q, k, v."""
+        normed = self.input_layernorm(x)
+        return normed, *self.self_attn.project(normed, teacher=teacher)
+
+    def write(self, x: Tensor, y: Tensor, *, teacher: bool = False) -> Tensor:
+        """The layer's output, from its input x [B,T,D] and its attention y [B,T,H,d]."""
+        return self.feed_forward(x + self.self_attn.out(y, teacher=teacher))
+
     def student(
         self, x: Tensor, rotary: tuple[Tensor, Tensor], state: LayerState | None
     ) -> tuple[Tensor, LayerState | None]:
-        attn, normed = self.self_attn, self.input_layernorm(x)
-        y, state = attn.linear(normed, *attn.project(normed), rotary, state)
-        return self.feed_forward(x + attn.out(y)), state
+        y, state = self.self_attn.linear(*self.read(x), rotary, state)
+        return self.write(x, y), state
 
     def teacher(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        attn, normed = self.self_attn, self.input_layernorm(x)
-        y = attn.softmax(*attn.project(normed, teacher=True), rotary)
-        return self.feed_forward(x + attn.out(y, teacher=True))
+        _, q, k, v = self.read(x, teacher=True)
+        return self.write(x, self.self_attn.softmax(q, k, v, rotary), teacher=True)
 
     def transfer(self, x: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Teacher-forced step: the next hidden state, and the squared error of the student's attention.
@@ -49,10 +56,9 @@ class LawcatLayer(nn.Module):
         """
         attn = self.self_attn
         with torch.no_grad():
-            normed = self.input_layernorm(x)
-            q, k, v = attn.project(normed, teacher=True)
+            normed, q, k, v = self.read(x, teacher=True)
             target = attn.softmax(q, k, v, rotary)
-            following = self.feed_forward(x + attn.out(target, teacher=True))
+            following = self.write(x, target, teacher=True)
         y, _ = attn.linear(normed, q, k, v, rotary, None)
         return following, F.mse_loss(y.float(), target.float())
 
@@ -88,11 +94,16 @@ class LawcatModel(nn.Module):
 
     def compile_parts(self) -> None:
         """torch.compile what surrounds the kernels; all layers share one compilation."""
+        self.compiled = True
         for layer in self.layers:
-            layer.feed_forward = torch.compile(layer.feed_forward)
-            layer.self_attn.project = torch.compile(layer.self_attn.project)
+            layer.read, layer.write = torch.compile(layer.read), torch.compile(layer.write)
+            layer.self_attn.log_decay = torch.compile(layer.self_attn.log_decay)
+            layer.self_attn.softmax = torch.compile(layer.self_attn.softmax)
             if self.config.window:
                 layer.self_attn.window_attention = torch.compile(layer.self_attn.window_attention)
+                layer.self_attn.mix = torch.compile(layer.self_attn.mix)
+
+    compiled = False
 
     # -- running ---------------------------------------------------------------------------------------------
 

@@ -125,8 +125,10 @@ def test_convolution_is_torch_s_own():
 def test_conv_feature_in_parts_is_the_whole(cut):
     torch.manual_seed(1)
     x, taps, W = torch.randn(2, 9, 1, 6), torch.randn(3 * 6, 4), torch.randn(3, 6, 4)
-    whole, after = conv_feature(x, taps, W)
-    first, buffer = conv_feature(x[:, :cut], taps, W)
+    start = torch.zeros(2, 3 * 6, 3)
+    whole, after = conv_feature(x, taps, W, start)
+    torch.testing.assert_close(conv_feature(x, taps, W)[0], whole)
+    first, buffer = conv_feature(x[:, :cut], taps, W, start)
     second, last = conv_feature(x[:, cut:], taps, W, buffer)
     torch.testing.assert_close(torch.cat([first, second], 1), whole)
     torch.testing.assert_close(last, after)

@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("triton")
 from triton.runtime.interpreter import InterpretedFunction
 
-from lawcat_edge.ops.conv import conv_feature
+from lawcat_edge.ops.conv import conv_feature, next_buffer
 from lawcat_edge.ops.conv.naive import conv_feature_naive
 from lawcat_edge.ops.conv.triton import conv_feature_triton, forward_kernel
 from lawcat_edge.ops.gla import triton_kernels
@@ -53,7 +53,8 @@ def inputs(T, H=2, G=1, d=16, f=8, K=4, B=1, dtype=torch.float32):
 def compare(args, ratio=None):
     exact = [a.double().requires_grad_() for a in args]
     mine = [a.clone().requires_grad_() for a in args]
-    ref, got = conv_feature_naive(*exact), conv_feature_triton(*mine)
+    ref = conv_feature_naive(*exact)
+    got = conv_feature_triton(*mine), next_buffer(mine[0], mine[3])
     weights = [torch.randn_like(o) for o in ref]
     torch.stack([(o * w).sum() for o, w in zip(ref, weights, strict=True)]).sum().backward()
     torch.stack([(o.double() * w).sum() for o, w in zip(got, weights, strict=True)]).sum().backward()
@@ -104,14 +105,31 @@ def test_split_products(monkeypatch):
 @pytest.mark.parametrize("scale", [100.0, -100.0])
 def test_large_logits_stay_finite(scale):
     x, taps, W, buffer = inputs(20)
-    phi, _ = conv_feature_triton(x * scale, taps, W, buffer)
+    phi = conv_feature_triton(x * scale, taps, W, buffer)
     assert_close("phi", conv_feature_naive(*(a.double() for a in (x * scale, taps, W, buffer)))[0], phi, 1e-4)
 
 
 @interpreted
-def test_the_dispatcher_starts_from_an_empty_buffer():
-    x, taps, W, _ = inputs(10)
-    phi, buffer = conv_feature(x, taps, W, backend="triton")
-    ref, after = conv_feature(x, taps, W, backend="torch")
+def test_without_a_buffer_the_text_starts_here():
+    x, taps, W, buffer = inputs(70)
+    exact = [a.double().requires_grad_() for a in (x, taps, W)]
+    mine = [a.clone().requires_grad_() for a in (x, taps, W)]
+    ref = conv_feature_naive(*exact, torch.zeros_like(buffer).double())[0]
+    phi, after = conv_feature(*mine, backend="triton")
+    assert after is None
     assert_close("phi", ref, phi, 1e-6)
-    torch.testing.assert_close(after, buffer)
+    weight = torch.randn_like(ref)
+    (ref * weight).sum().backward()
+    (phi * weight).sum().backward()
+    for name, r, m in zip(("x", "taps", "W"), exact, mine, strict=True):
+        assert_close(f"d{name}", r.grad, m.grad, 2e-6)
+
+
+@interpreted
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_the_dispatcher_carries_the_buffer(backend):
+    x, taps, W, buffer = inputs(10)
+    ref, after = conv_feature_naive(x, taps, W, buffer)
+    phi, mine = conv_feature(x, taps, W, buffer, backend=backend)
+    assert_close("phi", ref, phi, 1e-6)
+    torch.testing.assert_close(after, mine)

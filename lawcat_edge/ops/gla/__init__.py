@@ -26,16 +26,16 @@ def gated_linear_attention(
     q, k [B,T,H,F]; v [B,T,G,d]; g [B,T,G,F], log-decay <= 0; S0 [B,H,F,d] and z0 [B,H,F] in float32, zero
     when None. Returns n [B,T,H,d], den [B,T,H], S [B,H,F,d], z [B,H,F]; y = n / (den + eps).
     """
+    if choose(backend, q) == "triton":
+        from lawcat_edge.ops.gla.triton import gla_triton
+
+        return gla_triton(q, k, v, g, S0, z0)
     B, _, H, K = q.shape
     work = torch.promote_types(q.dtype, torch.float32)
     if S0 is None:
         S0 = torch.zeros(B, H, K, v.shape[-1], dtype=work, device=q.device)
     if z0 is None:
         z0 = torch.zeros(B, H, K, dtype=work, device=q.device)
-    if choose(backend, q) == "triton":
-        from lawcat_edge.ops.gla.triton import gla_triton
-
-        return gla_triton(q, k, v, g, S0, z0)
     if q.shape[1] == 1:
         return gla_step(q, k, v, g, S0, z0)  # type: ignore[return-value]
     return gla_chunk(q, k, v, g, S0, z0)  # type: ignore[return-value]
