@@ -109,6 +109,8 @@ class Ranges:
         keys = {"format", "measured_on", "tokens", "texts", "segment", "tensors"}
         if not isinstance(data, dict) or set(data) != keys or data["format"] != FORMAT:
             raise wrong
+        if type(data["tokens"]) is int and not 0 <= data["tokens"] < 1 << 53:
+            raise LawcatError(f"{path}: field 'tokens' is out of range; calibrate again.")
         basis, texts = data["measured_on"], data["texts"]
         if not isinstance(basis, dict) or not set(_BASIS) <= set(basis) or type(data["tokens"]) is not int:
             raise wrong
@@ -118,12 +120,17 @@ class Ranges:
             raise wrong
         found = cls(basis, tokens=data["tokens"], texts=texts)
         for name, entry in data["tensors"].items():
-            if not isinstance(entry, dict) or not isinstance(entry.get("segments"), list):
-                raise wrong
-            segments = entry.pop("segments")
-            if not segments or not all(type(x) in (int, float) and 0 <= x < 1e30 for x in segments):
-                raise wrong
-            found.tensors[name] = Histogram.from_dict(entry, name)
+            segments = entry.pop("segments", None) if isinstance(entry, dict) else None
+            if not isinstance(segments, list) or not segments:
+                raise LawcatError(f"{path}: {name[:100]!r} has no segments; calibrate again.")
+            if not all(type(x) in (int, float) and 0 <= x < 1e30 for x in segments):
+                raise LawcatError(
+                    f"{path}: {name[:100]!r} has a wrong number in its segments; calibrate again."
+                )
+            try:
+                found.tensors[name] = Histogram.from_dict(entry, name)
+            except LawcatError as error:
+                raise LawcatError(f"{path}: {error}") from None
             found.segments[name] = [float(x) for x in segments]
         return found
 

@@ -115,9 +115,13 @@ class DataWriter:
                 end = entry["end"]
         except (OSError, ValueError, KeyError, TypeError):
             return 0
-        for entry in self._groups.values():
-            for tensor in entry["tensors"]:
-                self._add(tensor)
+        try:
+            for entry in self._groups.values():
+                for tensor in entry["tensors"]:
+                    self._add(tensor)
+        except (KeyError, TypeError, ValueError):  # not a journal of this version
+            self._groups, self.tensors = {}, {}
+            return 0
         if end:  # drop a half-written last line so that appending stays valid
             keep = [lines[0], *(json.dumps(entry) for entry in self._groups.values())]
             self._journal_path.write_text("\n".join(keep) + "\n", encoding="utf-8")

@@ -8,8 +8,10 @@ train_log.jsonl        one line per logged step
 from __future__ import annotations
 
 import functools
+import hashlib
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +20,20 @@ import numpy as np
 from lawcat_edge.config import LawcatConfig
 from lawcat_edge.families import Geometry
 from lawcat_edge.runtime.errors import LawcatError
-from lawcat_edge.runtime.files import atomic_folder, read_json, sha256_file, write_json
+from lawcat_edge.runtime.files import (
+    atomic_folder,
+    member_path,
+    read_bytes,
+    read_json,
+    sha256_file,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from lawcat_edge.teacher import Teacher
 
 FORMAT = 1
-MAX_TENSOR_BYTES = 1 << 31
+MAX_BYTES = 1 << 33
 
 
 @dataclass(frozen=True)
@@ -112,7 +121,7 @@ class Adapter:
             raise LawcatError(
                 f"{folder} is no adapter: it has no lawcat_config.json; make one with lawcat-edge distill."
             )
-        data = read_json(path)
+        data = read_json(member_path(folder, path.name))
         check = functools.partial(_field, data, path)
         if check("format", int) != FORMAT:
             raise LawcatError(
@@ -120,39 +129,30 @@ class Adapter:
             )
         lora = data.get("lora")
         if lora is not None:
-            rank, alpha = (lora.get("rank"), lora.get("alpha")) if isinstance(lora, dict) else (None, None)
-            if type(rank) is not int or not 0 < rank <= 4096 or not isinstance(alpha, (int, float)):
+            rank: Any = lora.get("rank") if isinstance(lora, dict) else None
+            if type(rank) is not int or not 0 < rank <= 4096 or set(lora) != {"rank", "alpha"}:
                 raise LawcatError(f"{path}: field 'lora' must hold a rank from 1 to 4096 and an alpha.")
-        file = folder / "adapter.safetensors"
-        if not file.is_file():
+            if type(lora["alpha"]) not in (int, float) or not 0 <= lora["alpha"] <= 1e6:
+                raise LawcatError(
+                    f"{path}: field 'lora': alpha must be from 0 to 1e6; copy the adapter anew."
+                )
+        for name in ("teacher", "teacher_sha256"):
+            if not check(name, str).isprintable():
+                raise LawcatError(f"{path}: field {name!r} holds control characters; copy the adapter anew.")
+        if not (folder / "adapter.safetensors").exists():
             raise LawcatError(f"{folder} has no adapter.safetensors; copy the whole adapter folder.")
-        digest = sha256_file(file)
-        if digest != check("tensors_sha256", str):
-            raise LawcatError(
-                f"{file} is damaged or of another adapter: its sha256 is not the recorded one; copy it anew."
-            )
-        adapter = cls(
+        file = member_path(folder, "adapter.safetensors")
+        empty = cls(
             config=_within(path, "lawcat", LawcatConfig.from_dict, check("lawcat", dict)),
             geometry=_within(path, "geometry", Geometry.from_dict, check("geometry", dict)),
             teacher=check("teacher", str),
             teacher_sha256=check("teacher_sha256", str),
-            tensors=_read_tensors(file),
+            tensors={},
             lora=lora,
             training=check("training", dict),
-            sha256=digest,
+            sha256=check("tensors_sha256", str),
         )
-        expected = adapter.expected_shapes()
-        for name in sorted(set(expected) | set(adapter.tensors)):
-            got = adapter.tensors[name].shape if name in adapter.tensors else None
-            if got != expected.get(name):
-                raise LawcatError(
-                    f"{file}: tensor {name!r} is {got}, the config asks for {expected.get(name)}."
-                )
-            if not np.isfinite(adapter.tensors[name]).all():
-                raise LawcatError(
-                    f"{file}: tensor {name!r} holds NaN or infinity; distil again or copy it anew."
-                )
-        return adapter
+        return replace(empty, tensors=_read_tensors(file, empty.expected_shapes(), empty.sha256))
 
 
 def _field(data: Any, path: Path, name: str, kind: type) -> Any:
@@ -171,22 +171,33 @@ def _within(path: Path, name: str, make: Callable[[dict[str, Any]], Any], value:
         raise LawcatError(f"{path}: field {name!r}: {error}") from error
 
 
-def _read_tensors(file: Path) -> dict[str, np.ndarray]:
-    from safetensors import SafetensorError, safe_open
+def _read_tensors(file: Path, expected: dict[str, tuple[int, ...]], sha256: str) -> dict[str, np.ndarray]:
+    """The tensors of a file with that sha256, exactly those expected, as float32.
 
-    tensors = {}
-    try:
-        with safe_open(file, framework="numpy") as handle:
-            for name in handle.keys():  # noqa: SIM118 (safe_open is no dict)
-                view = handle.get_slice(name)
-                if (
-                    view.get_dtype() not in ("F16", "F32")
-                    or int(np.prod(view.get_shape())) * 4 > MAX_TENSOR_BYTES
-                ):
-                    raise LawcatError(f"{file}: tensor {name!r} must be F16 or F32 and below 2 GiB.")
-                tensors[name] = handle.get_tensor(name).astype(np.float32)
-    except SafetensorError as error:
+    The bytes are read once: what is used is what was hashed, even if the file changes meanwhile.
+    """
+    from lawcat_edge.weights import DTYPES, as_float32, check_header
+
+    largest = 4 * sum(math.prod(shape) for shape in expected.values())
+    if largest > MAX_BYTES:
+        raise LawcatError(f"{file} would take {largest:,} bytes, more than an adapter has; copy it anew.")
+    data = read_bytes(file, largest + (8 << 20))
+    if hashlib.sha256(data).hexdigest() != sha256:
         raise LawcatError(
-            f"{file} is no readable safetensors file ({error}); copy the adapter anew."
-        ) from None
+            f"{file} is damaged or of another adapter: its sha256 is not the recorded one; copy it anew."
+        )
+    found = check_header(data, len(data), file)
+    tensors = {}
+    for name in sorted(set(expected) | set(found)):
+        kind, shape, offset = found.get(name, ("", None, 0))
+        if name in found and kind not in ("F16", "F32"):
+            raise LawcatError(f"{file}: tensor {name!r} must be F16 or F32, not {kind}; distil again.")
+        if shape is None or shape != expected.get(name):
+            raise LawcatError(
+                f"{file}: tensor {name!r} is {shape}, the config asks for {expected.get(name)}."
+            )
+        raw = np.frombuffer(data, DTYPES[kind], math.prod(shape), offset).reshape(shape)
+        tensors[name] = as_float32(raw, kind)
+        if not np.isfinite(tensors[name]).all():
+            raise LawcatError(f"{file}: tensor {name!r} holds NaN or infinity; distil again or copy it anew.")
     return tensors

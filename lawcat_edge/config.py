@@ -42,10 +42,11 @@ class LawcatConfig:
                 raise LawcatError(f"{name} must be a whole number from {low} to {high}, not {value!r}.")
         if type(self.rope) is not bool:
             raise LawcatError(f"rope must be true or false, not {self.rope!r}.")
-        for name in ("gate_divisor", "eps"):
+        # Far below 1e-30 float32 has no eps left, and a normaliser of zero would divide.
+        for name, least in (("gate_divisor", 1e-3), ("eps", 1e-30)):
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not 0 < value < 1e6:
-                raise LawcatError(f"{name} must be a positive number, not {value!r}.")
+            if type(value) not in (int, float) or not least <= value < 1e6:
+                raise LawcatError(f"{name} must be a number from {least:g} to 1e6, not {value!r}.")
 
     @property
     def key_dim(self) -> int:
@@ -57,6 +58,8 @@ class LawcatConfig:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> LawcatConfig:
+        if not isinstance(data, dict):
+            raise LawcatError("The LAWCAT config must be a JSON object; the file is damaged.")
         known = {field.name for field in fields(cls)}
         unknown = sorted(set(data) - known)
         if unknown:

@@ -80,8 +80,11 @@ class Geometry:
                 )
         for name in ("rms_norm_eps", "rope_theta"):
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not 0 < value < math.inf:
-                raise LawcatError(f"{name} must be a positive number, not {value!r}; check config.json.")
+            low, high = (1.0, 1e12) if name == "rope_theta" else (0.0, 1.0)
+            if type(value) not in (int, float) or not low <= value < high:
+                raise LawcatError(
+                    f"{name} must be from {low:g} to {high:g}, not {value!r}; check config.json."
+                )
         window = self.sliding_window
         if window is not None and (type(window) is not int or window < 1):
             raise LawcatError(f"sliding_window must be a positive whole number or absent, not {window!r}.")
@@ -121,19 +124,19 @@ class Geometry:
         try:
             factor = float(scaling["factor"])
             if kind == "linear":
-                return freq / factor
+                return _finite(freq / factor)
             low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
             old = float(scaling["original_max_position_embeddings"])
-            if min(factor, low, old, high - low) <= 0:
+            if not min(factor, low, old, high - low) > 0:  # so that a NaN fails too
                 raise ValueError
+            # llama3: slow waves are stretched by the factor, fast ones kept, those between interpolated
+            turns = old * freq / (2 * math.pi)
+            smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
+            return _finite((1 - smooth) * freq / factor + smooth * freq)
         except (KeyError, TypeError, ValueError, ZeroDivisionError):
             raise LawcatError(
                 f"Rope scaling {scaling!r} is incomplete or wrong; check config.json."
             ) from None
-        # llama3: slow waves are stretched by the factor, fast ones kept, those between interpolated
-        turns = old * freq / (2 * math.pi)
-        smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
-        return (1 - smooth) * freq / factor + smooth * freq
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -203,6 +206,12 @@ class Geometry:
             raise LawcatError(f"config.json has no {missing}; the teacher's folder is incomplete.") from None
         except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
             raise LawcatError(f"config.json holds a wrong value ({error}); get the model anew.") from None
+
+
+def _finite(freq: np.ndarray) -> np.ndarray:
+    if not (np.abs(freq) <= 1e4).all():
+        raise ValueError
+    return freq
 
 
 def _own_window(family: str, data: dict[str, Any]) -> int | None:

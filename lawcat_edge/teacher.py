@@ -104,6 +104,9 @@ def _from_folder(folder: Path, name: str) -> Teacher:
     for needed in ("tokenizer.json",):
         if not (folder / needed).is_file():
             raise LawcatError(f"{folder} has no {needed}; save the model's fast tokenizer there.")
+    if (folder / "adapter_config.json").is_file():
+        # transformers would add it to the model unasked, and the export would not
+        raise LawcatError(f"{folder} holds a peft adapter (adapter_config.json); merge it, or move it away.")
     mark = folder / MARK
     if mark.is_file():
         digest = _digest_of(mark)
@@ -156,10 +159,15 @@ def _convert_gguf(file: Path, digest: str, target: Path) -> None:
     logging.disable_progress_bar()
     target.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=".converting-", dir=target.parent))
+    alone = Path(tempfile.mkdtemp(prefix=".converting-", dir=target.parent))
     try:
-        where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-        model: Any = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(**where)
+        # In a folder of its own: transformers reads more of a folder than the file it is told to.
+        (alone / "model.gguf").symlink_to(file.resolve())
+        where = {"pretrained_model_name_or_path": str(alone), "gguf_file": "model.gguf"}
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            **where, dtype=torch.float32, trust_remote_code=False
+        )
+        tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
         # transformers keeps a quantizer that would refuse to save the dequantised weights
         model.hf_quantizer = None
         if hasattr(model.config, "quantization_config"):
@@ -168,15 +176,28 @@ def _convert_gguf(file: Path, digest: str, target: Path) -> None:
         model.save_pretrained(building)
         tokenizer.save_pretrained(building)
         write_json(building / MARK, {"source": file.name, "sha256": digest})
-        if target.exists():  # another process finished first, or a mark-less leftover
-            shutil.rmtree(target)
-        building.rename(target)
-    except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError) as error:
+        _put(building, target)
+    except Exception as error:  # transformers raises whatever it stumbles over in a bad file
+        if isinstance(error, (LawcatError, MemoryError)):
+            raise
         if isinstance(error, OSError) and error.errno is not None:
             raise  # disk full, no permission: the command line says so
         raise LawcatError(f"{file} could not be read as a language model: {_first_line(error)}.") from error
     finally:
         shutil.rmtree(building, ignore_errors=True)
+        shutil.rmtree(alone, ignore_errors=True)
+
+
+def _put(building: Path, target: Path) -> None:
+    """Give a finished conversion its name; what another process finished meanwhile stays, for its readers."""
+    if (target / MARK).is_file():
+        return
+    shutil.rmtree(target, ignore_errors=True)  # a leftover without its mark
+    try:
+        building.rename(target)
+    except OSError:
+        if not (target / MARK).is_file():
+            raise
 
 
 def _check_gguf(file: Path) -> None:

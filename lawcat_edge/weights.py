@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import zlib
@@ -14,14 +13,17 @@ import numpy as np
 
 from lawcat_edge.families import Geometry
 from lawcat_edge.runtime.errors import LawcatError
+from lawcat_edge.runtime.files import MAX_JSON_BYTES, open_regular, parse_json
 
-_DTYPES: dict[str, np.dtype[Any]] = {
+DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
     "BF16": np.dtype("<u2"),
 }
-_MAX_HEADER = 100 << 20  # the format's own limit
+_OTHER_SIZES = {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_OTHER_SIZES |= {"F8_E4M3": 1, "F8_E5M2": 1}
+_MAX_RANK = 16
 
 
 class WeightSource(Protocol):
@@ -89,7 +91,9 @@ class SafetensorsWeights:
             raise LawcatError(f"There is no .safetensors file in {folder}; give the folder of a teacher.")
         self._index: dict[str, tuple[Path, str, tuple[int, ...], int]] = {}
         for path in paths:
-            for name, entry in _read_header(path).items():
+            for name, entry in read_header(path).items():
+                if entry[0] not in DTYPES:
+                    raise LawcatError(f"{name} in {path} is {entry[0]}; only float tensors are supported.")
                 if name in self._index:
                     raise LawcatError(f"{name} is in two files of {folder}; remove the stale one.")
                 self._index[name] = (path, *entry)
@@ -118,39 +122,71 @@ class SafetensorsWeights:
 
     def _read(self, name: str, start: int, count: int) -> np.ndarray:
         path, kind, _, offset = self._entry(name)
-        dtype = _DTYPES[kind]
+        dtype = DTYPES[kind]
         raw = np.fromfile(path, dtype, count, offset=offset + start * dtype.itemsize)
         if raw.size != count:
             raise LawcatError(f"{path.name} ends inside {name}; copy the file again.")
-        if kind == "BF16":  # bfloat16 is the upper half of a float32
-            return (raw.astype(np.uint32) << 16).view(np.float32)
+        values = as_float32(raw, kind)
+        if not np.isfinite(values).all():
+            raise LawcatError(f"{path}: {name} holds NaN or infinity; get the model anew.")
+        return values
+
+
+def as_float32(raw: np.ndarray, kind: str) -> np.ndarray:
+    """Numbers as a safetensors file stores them, as float32 of the same shape."""
+    if kind == "BF16":  # bfloat16 is the upper half of a float32
+        return (raw.astype(np.uint32) << 16).view(np.float32)
+    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinity, which the caller refuses
         return raw.astype(np.float32, copy=False)
 
 
-def _read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...], int]]:
-    """name -> (dtype, shape, byte offset in the file), every entry checked against the size of the file."""
-    damaged = LawcatError(f"{path.name} is damaged or truncated; copy the file again.")
-    size = path.stat().st_size
-    with path.open("rb") as file:
+def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...], int]]:
+    """name -> (dtype, shape, byte offset in the file) of a safetensors file; see ``check_header``."""
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(_MAX_HEADER, size - 8):
-            raise damaged
-        try:
-            header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            entries = {}
-            for name, info in header.items():
-                kind, shape, (begin, end) = info["dtype"], tuple(info["shape"]), info["data_offsets"]
-                if not all(type(n) is int and n >= 0 for n in (*shape, begin, end)):
-                    raise ValueError(name)
-                if kind not in _DTYPES:
-                    raise LawcatError(f"{name} in {path.name} is {kind}; only float tensors are supported.")
-                if end - begin != math.prod(shape) * _DTYPES[kind].itemsize or 8 + length + end > size:
-                    raise ValueError(name)
-                entries[name] = (kind, shape, 8 + length + begin)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise damaged from None
+        file.seek(0)
+        return check_header(file.read(8 + min(length, MAX_JSON_BYTES + 1)), size, path)
+
+
+def check_header(data: bytes, size: int, path: Path) -> dict[str, tuple[str, tuple[int, ...], int]]:
+    """The header in `data`, the beginning of a safetensors file of `size` bytes. Nothing of it is trusted.
+
+    Every entry is checked: types, sizes without overflow, within the file, one after the other without a gap
+    or an overlap, as the format wants it. LawcatError names the file and the tensor.
+    """
+    damaged = f"{path} is damaged or truncated"
+    length = int.from_bytes(data[:8], "little")
+    if size < 8 or length > min(MAX_JSON_BYTES, size - 8):
+        raise LawcatError(f"{damaged}; copy the file again.")
+    header = parse_json(data[8 : 8 + length], f"{damaged}: its header")
+    if not isinstance(header, dict):
+        raise LawcatError(f"{damaged}: its header is no JSON object; copy the file again.")
+    header.pop("__metadata__", None)
+    entries: dict[str, tuple[str, tuple[int, ...], int]] = {}
+    spans = []
+    for name, info in header.items():
+        kind, shape, begin, end = _entry(info, f"{damaged}: tensor {name[:200]!r}")
+        item = DTYPES[kind].itemsize if kind in DTYPES else _OTHER_SIZES.get(kind, 0)
+        if not item or end - begin != math.prod(shape) * item or end > size - 8 - length:
+            what = f"tensor {name[:200]!r} ({kind[:20]}) has not the size of its shape"
+            raise LawcatError(f"{damaged}: {what}; copy the file again.")
+        entries[name] = (kind, shape, 8 + length + begin)
+        spans.append((begin, end))
+    spans.sort()
+    if any(begin != before for (begin, _), (_, before) in zip(spans, [(0, 0), *spans], strict=False)):
+        raise LawcatError(f"{damaged}: its tensors overlap or leave gaps; copy the file again.")
     return entries
+
+
+def _entry(info: Any, where: str) -> tuple[str, tuple[int, ...], int, int]:
+    if isinstance(info, dict) and set(info) == {"dtype", "shape", "data_offsets"}:
+        kind, shape, offsets = info["dtype"], info["shape"], info["data_offsets"]
+        numbers = [*shape, *offsets] if isinstance(shape, list) and isinstance(offsets, list) else [None]
+        whole = all(type(n) is int and 0 <= n < 1 << 48 for n in numbers)
+        if whole and isinstance(kind, str) and len(shape) <= _MAX_RANK and len(offsets) == 2:
+            return kind, tuple(shape), offsets[0], offsets[1]
+    raise LawcatError(f"{where} has a wrong dtype, shape or data_offsets; copy the file again.")
 
 
 class ArrayWeights:

@@ -169,6 +169,7 @@ class Manifest:
         _whole(self.lawcat.get("window", 0), "lawcat.window", 0, 8192)
         if type(self.lawcat.get("rope", False)) is not bool:
             raise _bad("lawcat.rope", "must be true or false")
+        _text(self.geometry.get("family", ""), "geometry.family")
         if self.geometry["num_heads"] % self.geometry["num_kv_heads"]:
             raise _bad("geometry.num_kv_heads", "does not divide num_heads")
 
@@ -183,6 +184,8 @@ class Manifest:
                 raise _bad(f"files.{name}", "must give size and sha256")
             _whole(entry["size"], f"files.{name}.size", 0, 1 << 44)
             _hex256(entry["sha256"], f"files.{name}.sha256")
+        if len({name.lower() for name in self.files}) != len(self.files):
+            raise _bad("files", "lists two names that are one on some systems")
         if TOKENIZER not in self.files:
             raise _bad("files", f"does not list {TOKENIZER}")
         if any(op not in OPS for op in self.ops) or len(set(self.ops)) != len(self.ops):
@@ -345,9 +348,11 @@ class Bundle:
             entry = self.manifest.files.get(location)
             return None if entry is None or location in graphs else int(entry["size"])
 
-        return check_model(
-            files.read_bytes(self.path(name), MAX_MODEL_BYTES), str(self.folder / name), size_of
-        )
+        path = self.folder / name
+        summary = check_model(files.read_bytes(self.path(name), MAX_MODEL_BYTES), str(path), size_of)
+        if summary.suspicious is not None:
+            raise LawcatError(f"{path} has {summary.suspicious}, which no export writes; export it again.")
+        return summary
 
 
 def describe_files(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -394,8 +399,9 @@ def _real(value: Any, where: str, low: float, high: float) -> float:
 
 
 def _text(value: Any, where: str) -> str:
-    if not isinstance(value, str) or len(value) > 4096:
-        raise _bad(where, "must be a text of at most 4096 characters")
+    # `info` prints these: a control character could rewrite what the terminal shows.
+    if not isinstance(value, str) or len(value) > 4096 or not value.isprintable():
+        raise _bad(where, "must be a text of at most 4096 printable characters")
     return value
 
 

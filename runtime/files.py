@@ -8,23 +8,31 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import hashlib
 import json
+import math
 import os
-import re
 import secrets
 import shutil
 import stat
 import sys
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
+
+import numpy as np
 
 from lawcat_edge.runtime.errors import LawcatError
 
 MAX_JSON_BYTES = 32 << 20
 MAX_JSON_DEPTH = 64
-_WINDOWS_DEVICES = {"con", "prn", "aux", "nul", *(f"{d}{n}" for d in ("com", "lpt") for n in range(1, 10))}
+MAX_JSON_VALUES = 2_000_000  # an empty list takes two bytes of a file and sixty of memory
+_WINDOWS_DEVICES = {
+    *("con", "prn", "aux", "nul", "conin$", "conout$", "clock$"),
+    *(f"{d}{n}" for d in ("com", "lpt") for n in range(10)),
+}
 
 
 def check_member_name(name: object) -> str:
@@ -33,10 +41,11 @@ def check_member_name(name: object) -> str:
         not isinstance(name, str)
         or not 0 < len(name) <= 200
         or name in (".", "..")
-        or any(c in name for c in '/\\:\0<>|"?*')
-        or any(ord(c) < 32 for c in name)
-        or name != name.rstrip(" .")
-        or name.split(".")[0].lower() in _WINDOWS_DEVICES
+        # Beyond ASCII two names can look alike, or be one name on one system and two on another.
+        or not (name.isascii() and name.isprintable())
+        or any(c in name for c in '/\\:<>|"?*')
+        or name != name.strip(" ").rstrip(".")
+        or name.split(".")[0].rstrip(" ").lower() in _WINDOWS_DEVICES
         or len(PurePosixPath(str(name)).parts) != 1
     )
     if bad:
@@ -71,33 +80,45 @@ def member_path(folder: Path, name: str) -> Path:
 
 def read_bytes(path: Path, limit: int) -> bytes:
     """The whole file, at most `limit` bytes; never follows a growing file past the limit."""
-    try:
-        with open(path, "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise LawcatError(f"{path} is not a regular file.")
+    with open_regular(path) as file:
+        try:
             data = file.read(limit + 1)
-    except OSError as error:
-        raise LawcatError(f"Cannot read {path}: {_reason(error)}.") from error
+        except OSError as error:
+            raise LawcatError(f"Cannot read {path} ({_reason(error)}); copy it again.") from error
     if len(data) > limit:
-        raise LawcatError(f"{path} is larger than {limit:,} bytes, which is more than such a file may have.")
+        raise LawcatError(f"{path} is larger than {limit:,} bytes, more than such a file has; copy it again.")
     return data
 
 
+def open_regular(path: Path) -> BufferedReader:
+    """Open a regular file for reading; anything else is refused instead of waited for (a pipe, a device)."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        file = os.fdopen(descriptor, "rb")
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            file.close()
+            raise LawcatError(f"{path} is not a regular file; give a copy of it that is one.")
+        return file
+    except OSError as error:
+        raise LawcatError(f"Cannot read {path} ({_reason(error)}); check the path.") from error
+
+
 def parse_json(data: bytes, what: str, max_depth: int = MAX_JSON_DEPTH) -> Any:
-    """JSON with a depth cap (checked before parsing), unique keys, and no NaN or infinity."""
+    """JSON with caps on its depth and on the number of its values (checked before parsing), unique keys,
+    and no number that is not finite."""
     # Before parsing: the standard parser recurses, and its RecursionError comes late and differs by version.
-    depth = deepest = 0
-    for bracket in re.findall(rb"[\[\]{}]", re.sub(rb'"(?:[^"\\]|\\.)*"', b"", data, flags=re.DOTALL)):
-        depth += 1 if bracket in b"[{" else -1
-        deepest = max(deepest, depth)
+    deepest, values = _json_extent(data)
     if deepest > max_depth:
         raise LawcatError(f"{what} is nested {deepest} levels deep; at most {max_depth} are allowed.")
+    if values > MAX_JSON_VALUES:
+        raise LawcatError(f"{what} holds {values:,} values; at most {MAX_JSON_VALUES:,} are allowed.")
     try:
         return json.loads(
             data.decode("utf-8"),
             object_pairs_hook=_unique_keys,
             parse_constant=_no_constant,
             parse_int=_short_int,
+            parse_float=_finite,
         )
     except (ValueError, RecursionError) as error:
         raise LawcatError(f"{what} is not valid JSON: {str(error)[:200]}.") from error
@@ -105,6 +126,30 @@ def parse_json(data: bytes, what: str, max_depth: int = MAX_JSON_DEPTH) -> Any:
 
 def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> Any:
     return parse_json(read_bytes(path, limit), str(path))
+
+
+def _json_extent(data: bytes) -> tuple[int, int]:
+    """(levels of nesting, at least the number of values) of JSON text, at a few bytes of memory a byte.
+
+    What is no JSON may give anything: the parser, which stops at the first mistake, refuses that.
+    """
+    text = np.frombuffer(data, np.uint8)
+    if not text.size:
+        return 0, 0
+    quotes = np.flatnonzero(text == ord('"'))
+    # A quote behind an odd number of backslashes is a character of its string.
+    last_other = np.where(text != ord("\\"), np.arange(text.size, dtype=np.int32), np.int32(-1))
+    np.maximum.accumulate(last_other, out=last_other)
+    before = np.where(quotes > 0, last_other[quotes - 1], -1)
+    quotes = quotes[(quotes - 1 - before) % 2 == 0]
+    inside = np.zeros(text.size, np.bool_)
+    inside[quotes] = True
+    inside = np.logical_xor.accumulate(inside)
+    text = np.where(inside, np.uint8(0), text)
+    opening = (text == ord("[")) | (text == ord("{"))
+    closing = (text == ord("]")) | (text == ord("}"))
+    depth = np.cumsum(opening.astype(np.int8) - closing.astype(np.int8), dtype=np.int32)
+    return int(depth.max()), 1 + int(opening.sum()) + int((text == ord(",")).sum())
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -124,13 +169,20 @@ def _short_int(text: str) -> int:
     return int(text)
 
 
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:20]} is too large a number")
+    return value
+
+
 def sha256_file(path: Path) -> str:
     """Hex sha256 of a file, read in pieces (hashlib releases the interpreter lock)."""
-    try:
-        with open(path, "rb") as file:
+    with open_regular(path) as file:
+        try:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise LawcatError(f"Cannot read {path}: {_reason(error)}.") from error
+        except OSError as error:
+            raise LawcatError(f"Cannot read {path} ({_reason(error)}); copy it again.") from error
 
 
 def fingerprint(path: Path) -> tuple[int, ...]:
@@ -154,7 +206,7 @@ def atomic_file(target: Path | str) -> Iterator[IO[bytes]]:
             os.replace(temporary, target)
             _sync_folder(target.parent)
     except OSError as error:
-        raise LawcatError(f"Cannot write {target}: {_reason(error)}; nothing was changed.") from error
+        raise _not_written(target, error) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -195,7 +247,7 @@ def atomic_folder(target: Path | str, marker: str) -> Iterator[Path]:
             _check_replaceable(target, marker)
             _swap_in(temporary, target, stamp)
     except OSError as error:
-        raise LawcatError(f"Cannot write {target}: {_reason(error)}; nothing was changed.") from error
+        raise _not_written(target, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -266,6 +318,16 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def _not_written(target: Path, error: OSError) -> LawcatError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        step = "free some space and run the command again"
+    elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        step = "choose another place or change its permissions"
+    else:
+        step = "check the path and run the command again"
+    return LawcatError(f"Cannot write {target}: {_reason(error)}; nothing was changed; {step}.")
+
+
 def _reason(error: BaseException) -> str:
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
@@ -284,7 +346,7 @@ class FileLock:
             try:
                 fd = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
             except OSError as error:
-                raise LawcatError(f"Cannot write beside {self.target}: {_reason(error)}.") from error
+                raise _not_written(self.target, error) from error
             try:
                 _lock(fd)
                 # The holder before us removes the name on release: a lock on a removed file protects nothing.

@@ -4,6 +4,9 @@ onnxruntime trusts a model: external data may name any path (or a raw memory add
 file, or claim 2**40 elements. So before a session is made every tensor, in subgraphs and functions too,
 is checked here.
 Only the fields that matter are read; all others are skipped by their wire type.
+
+A bundle's graph is a straight line of operators. What could run for ever or call other code (control flow,
+functions, operators of unknown makers) is noted in the summary, for the caller to refuse.
 """
 
 from __future__ import annotations
@@ -14,12 +17,14 @@ from typing import Any
 
 from lawcat_edge.runtime.errors import LawcatError
 
-MAX_MODEL_BYTES = 512 << 20
+MAX_MODEL_BYTES = 128 << 20
 MAX_TENSORS = 200_000
-MAX_NODES = 2_000_000
+MAX_NODES = 200_000
+MAX_FIELDS = 1_500_000  # two seconds of reading; 30 layers have 30,000
 MAX_RANK = 16
 MAX_ELEMENTS = 1 << 36
 MAX_NESTING = 16
+DOMAINS = ("", "ai.onnx", "com.microsoft")
 
 # Bits an element, by TensorProto.DataType (8, string, cannot be external; 14 and 15 are complex).
 _BITS = {1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 9: 8, 10: 16, 11: 64, 12: 32, 13: 64, 14: 64, 15: 128}
@@ -47,6 +52,11 @@ class ModelSummary:
     inline_bytes: int = 0
     external: list[tuple[str, int, int]] = field(default_factory=list)
     tensors: int = 0
+    fields: int = 0
+    suspicious: str | None = None
+
+    def suspect(self, what: str) -> None:
+        self.suspicious = self.suspicious or what
 
 
 class _MalformedError(Exception):
@@ -61,16 +71,17 @@ def check_model(data: bytes, what: str, size_of: SizeOf) -> ModelSummary:
     summary = ModelSummary()
     try:
         view = memoryview(data)
-        for number, wire, value in _fields(view):
+        for number, wire, value in _fields(view, summary):
             if number == 7 and wire == 2:
                 _graph(value, summary, size_of, depth=0, top=True)
             elif number == 25 and wire == 2:  # a function: its nodes
-                for inner, inner_wire, node in _fields(value):
+                summary.suspect("a function of its own")
+                for inner, inner_wire, node in _fields(value, summary):
                     if inner == 7 and inner_wire == 2:
                         _node(node, summary, size_of, depth=1)
             elif number == 8 and wire == 2:
                 domain, version = "", 0
-                for inner, inner_wire, item in _fields(value):
+                for inner, inner_wire, item in _fields(value, summary):
                     if inner == 1 and inner_wire == 2:
                         domain = _text(item)
                     elif inner == 2 and inner_wire == 0:
@@ -87,10 +98,13 @@ def check_model(data: bytes, what: str, size_of: SizeOf) -> ModelSummary:
     return summary
 
 
-def _fields(view: memoryview) -> Iterator[tuple[int, int, Any]]:
+def _fields(view: memoryview, summary: ModelSummary) -> Iterator[tuple[int, int, Any]]:
     """(field number, wire type, value); value is an int for varints and a view of the bytes otherwise."""
     at, end = 0, len(view)
     while at < end:
+        summary.fields += 1
+        if summary.fields > MAX_FIELDS:
+            raise _MalformedError(f"it has more than {MAX_FIELDS:,} fields")
         key, at = _varint(view, at)
         number, wire = key >> 3, key & 7
         if number == 0:
@@ -138,11 +152,13 @@ def _text(value: memoryview) -> str:
 def _graph(view: memoryview, summary: ModelSummary, size_of: SizeOf, depth: int, top: bool = False) -> None:
     if depth > MAX_NESTING:
         raise _MalformedError("graphs are nested too deeply")
-    for number, wire, value in _fields(view):
+    for number, wire, value in _fields(view, summary):
         if wire != 2:
             continue
         if number == 1:
             node = _node(value, summary, size_of, depth)
+            if node.domain not in DOMAINS:
+                summary.suspect(f"an operator of the domain {node.domain[:60]!r}")
             if top:
                 summary.nodes.append(node)
                 if len(summary.nodes) > MAX_NODES:
@@ -155,7 +171,7 @@ def _graph(view: memoryview, summary: ModelSummary, size_of: SizeOf, depth: int,
 
 def _node(view: memoryview, summary: ModelSummary, size_of: SizeOf, depth: int) -> Node:
     node = Node()
-    for number, wire, value in _fields(view):
+    for number, wire, value in _fields(view, summary):
         if wire != 2:
             continue
         if number == 1:
@@ -167,12 +183,13 @@ def _node(view: memoryview, summary: ModelSummary, size_of: SizeOf, depth: int) 
         elif number == 7:
             node.domain = _text(value)
         elif number == 5:
-            for inner, inner_wire, item in _fields(value):
+            for inner, inner_wire, item in _fields(value, summary):
                 if inner_wire != 2:
                     continue
                 if inner in (5, 10):
                     _tensor(item, summary, size_of)
                 elif inner in (6, 11):
+                    summary.suspect("a graph within a node (a loop or a branch)")
                     _graph(item, summary, size_of, depth + 1)
                 elif inner in (22, 23):
                     _sparse(item, summary, size_of)
@@ -180,7 +197,7 @@ def _node(view: memoryview, summary: ModelSummary, size_of: SizeOf, depth: int) 
 
 
 def _sparse(view: memoryview, summary: ModelSummary, size_of: SizeOf) -> None:
-    for number, wire, value in _fields(view):
+    for number, wire, value in _fields(view, summary):
         if wire == 2 and number in (1, 2):
             _tensor(value, summary, size_of)
 
@@ -193,7 +210,7 @@ def _tensor(view: memoryview, summary: ModelSummary, size_of: SizeOf) -> None:
     data_type = location_kind = 0
     name, raw = "", None
     entries: dict[str, str] = {}
-    for number, wire, value in _fields(view):
+    for number, wire, value in _fields(view, summary):
         if number == 1 and wire == 0:
             dims.append(value)
         elif number == 1 and wire == 2:  # packed
@@ -201,6 +218,8 @@ def _tensor(view: memoryview, summary: ModelSummary, size_of: SizeOf) -> None:
             while at < len(value):
                 dim, at = _varint(value, at)
                 dims.append(dim)
+                if len(dims) > MAX_RANK:
+                    break
         elif number == 2 and wire == 0:
             data_type = value
         elif number == 8 and wire == 2:
@@ -209,7 +228,7 @@ def _tensor(view: memoryview, summary: ModelSummary, size_of: SizeOf) -> None:
             raw = value
         elif number == 13 and wire == 2:
             key = text = ""
-            for inner, inner_wire, item in _fields(value):
+            for inner, inner_wire, item in _fields(value, summary):
                 if inner == 1 and inner_wire == 2:
                     key = _text(item)
                 elif inner == 2 and inner_wire == 2:

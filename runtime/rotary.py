@@ -13,8 +13,8 @@ from lawcat_edge.runtime.errors import LawcatError
 def inverse_frequencies(geometry: dict[str, Any]) -> np.ndarray:
     """Radians a token, float64 [d/2], for the rope types default, linear and llama3."""
     d = geometry["head_dim"]
-    theta = geometry.get("rope_theta")
-    if not isinstance(theta, (int, float)) or not 0 < theta < 1e12:
+    theta: Any = geometry.get("rope_theta")
+    if type(theta) not in (int, float) or not 1 <= theta < 1e12:
         raise LawcatError("The bundle gives no valid rope_theta; export it again.")
     base = float(theta) ** -(np.arange(0, d, 2, dtype=np.float64) / d)
     scaling = geometry.get("rope_scaling") or {"rope_type": "default"}
@@ -24,16 +24,23 @@ def inverse_frequencies(geometry: dict[str, Any]) -> np.ndarray:
             return base
         factor = float(scaling["factor"])
         if kind == "linear":
-            return base / factor
+            return _finite(base * (1 / factor))
         if kind == "llama3":
             low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
             turns = float(scaling["original_max_position_embeddings"]) * base / (2 * math.pi)
             # Slow dimensions are stretched by the factor, fast ones kept, those between blended.
             keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
-            return base * keep + base / factor * (1 - keep)
+            return _finite(base * keep + base * (1 / factor) * (1 - keep))
     except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise LawcatError("The bundle's rope_scaling is incomplete; export it again.") from error
     raise LawcatError(f"The bundle uses rope scaling {str(kind)[:40]!r}, unknown here; update lawcat-edge.")
+
+
+def _finite(frequencies: np.ndarray) -> np.ndarray:
+    # Written so that a NaN fails too; a position times 1e4 is still an exact number.
+    if not (np.abs(frequencies) <= 1e4).all():
+        raise ValueError("not finite")
+    return frequencies
 
 
 def angles(frequencies: np.ndarray, start: int, count: int) -> np.ndarray:

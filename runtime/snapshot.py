@@ -23,7 +23,7 @@ from lawcat_edge.runtime.errors import LawcatError
 
 MAGIC = b"LAWCATS1"
 _MAX_HEADER = 16 << 20
-_MAX_TOKENS = 1 << 28
+_MAX_TOKENS = 1 << 26
 
 
 @dataclass

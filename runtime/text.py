@@ -11,24 +11,36 @@ _BROKEN = "\ufffd"  # what decoders put for bytes that are not (yet) a character
 _HOLD = 8  # tokens held back for the rest of a character before it is taken to be garbage
 
 
+MAX_TOKENIZER = 64 << 20
+
+
+def load_tokenizer(data: bytes, what: str = "tokenizer.json") -> Any:
+    """A `tokenizers.Tokenizer` that neither cuts nor pads, from the bytes of a tokenizer.json.
+
+    Raises LawcatError naming `what` for anything else.
+    """
+    try:
+        from tokenizers import Tokenizer as Engine
+    except ImportError as error:
+        raise LawcatError("tokenizers is missing; install it with `pip install tokenizers`.") from error
+    try:
+        engine: Any = Engine.from_buffer(data)
+        engine.no_truncation()
+        engine.no_padding()
+    except BaseException as error:  # the package's own panics do not derive from Exception
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
+        raise LawcatError(
+            f"{what} is not a valid tokenizer ({str(error)[:120]}); copy or export it again."
+        ) from error
+    return engine
+
+
 class Tokenizer:
     """A tokenizer.json through the `tokenizers` package."""
 
     def __init__(self, data: bytes, vocab_size: int) -> None:
-        try:
-            from tokenizers import Tokenizer as Engine
-        except ImportError as error:
-            raise LawcatError("tokenizers is missing; install it with `pip install tokenizers`.") from error
-        try:
-            self._engine: Any = Engine.from_buffer(data)
-            self._engine.no_truncation()
-            self._engine.no_padding()
-        except BaseException as error:  # the package's own panics do not derive from Exception
-            if isinstance(error, (KeyboardInterrupt, SystemExit)):
-                raise
-            raise LawcatError(
-                f"tokenizer.json is not a valid tokenizer ({str(error)[:120]}); export the bundle again."
-            ) from error
+        self._engine: Any = load_tokenizer(data)
         self.vocab_size = vocab_size
 
     def encode(self, text: str, special: bool = True) -> list[int]:

@@ -78,15 +78,25 @@ def read_progress(folder: Path, facts: dict[str, Any]) -> Progress:
         values = dict(data["progress"])
         if values["best"] is None:
             values["best"] = float("inf")
-        return Progress(**values)
-    except (KeyError, TypeError) as error:
+        progress = Progress(**values)
+    except (KeyError, TypeError, ValueError) as error:
         raise LawcatError(f"{folder}/state.json is damaged ({error}); remove it and start anew.") from None
+    whole = all(type(n) is int and 0 <= n < 1 << 60 for n in (progress.step, progress.tokens))
+    numbers = (progress.seconds, progress.smoothed, progress.best)
+    if not whole or progress.stage not in ("transfer", "finetune") or not all(map(_is_number, numbers)):
+        raise LawcatError(f"{folder}/state.json is damaged (field 'progress'); remove it and start anew.")
+    return progress
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and value >= 0
 
 
 def load_tensors(
     folder: Path, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer | None
 ) -> None:
     """Copy a checkpoint's parameters (and moments, with an optimizer) in place."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     data = read_json(folder / "state.json")
@@ -95,14 +105,21 @@ def load_tensors(
         raise LawcatError(
             f"{file} is damaged (its sha256 is not the recorded one); remove {folder} and start anew."
         )
-    tensors = load_file(file)
+    try:
+        tensors = load_file(file)
+    except SafetensorError as error:
+        raise LawcatError(f"{file} is damaged ({error}); remove {folder} and start anew.") from None
     steps = data.get("optimizer_steps", {})
+    if not isinstance(steps, dict) or not all(map(_is_number, steps.values())):
+        raise LawcatError(f"{folder}/state.json is damaged (optimizer_steps); remove it and start anew.")
     with torch.no_grad():
         for name, parameter in parameters.items():
-            if name not in tensors or tensors[name].shape != parameter.shape:
-                raise LawcatError(
-                    f"{file} has no {name!r} of the right shape; remove {folder} and start anew."
-                )
+            moments = [f"{kind}/{name}" for kind in ("exp_avg", "exp_avg_sq")] if name in steps else []
+            for wanted in (name, *moments):
+                if wanted not in tensors or tensors[wanted].shape != parameter.shape:
+                    raise LawcatError(
+                        f"{file} has no {wanted!r} of the right shape; remove {folder} and start anew."
+                    )
             parameter.copy_(tensors[name])
             if optimizer is None or name not in steps:
                 continue

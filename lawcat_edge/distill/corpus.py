@@ -22,6 +22,7 @@ import tokenizers
 
 from lawcat_edge.distill.readers import HELDOUT_SHARE, Part, expand, read_parts
 from lawcat_edge.runtime.errors import LawcatError
+from lawcat_edge.runtime.files import read_json
 
 ARRAY_SUFFIXES = (".bin", ".npy")
 BATCH_CHARACTERS = 1 << 20
@@ -170,14 +171,9 @@ class TokenArray:
 
     def _read_sidecar(self) -> dict[str, Any]:
         path = sidecar_path(self.path)
-        try:
-            note = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise LawcatError(
-                f"{self.path} has no sidecar {path.name}; write it with tokenise_corpus."
-            ) from None
-        except (ValueError, OSError) as error:
-            raise LawcatError(f"{path} cannot be read: {error}.") from None
+        if not path.exists():
+            raise LawcatError(f"{self.path} has no sidecar {path.name}; write it with tokenise_corpus.")
+        note = read_json(path)
         numbers = ("tokens", "train_tokens")
         good = (
             isinstance(note, dict)

@@ -136,18 +136,12 @@ def render_messages(messages: Any, template: str | None, where: str) -> str:
         )
     if template is None:
         return "\n".join(f"{item['role']}: {item['content']}" for item in messages)
-    import jinja2
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from lawcat_edge.runtime.template import ChatTemplate
 
-    def raise_exception(message: str) -> None:
-        raise LawcatError(f"{where}: the chat template refuses this conversation: {message}")
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["raise_exception"] = raise_exception
     try:
-        return environment.from_string(template).render(messages=messages, add_generation_prompt=False)
-    except jinja2.TemplateError as error:
-        raise LawcatError(f"{where}: the chat template fails: {error}.") from None
+        return ChatTemplate(template).render(messages, add_generation_prompt=False)
+    except LawcatError as error:
+        raise LawcatError(f"{where}: {error}") from None
 
 
 def _text_of(record: Any, template: str | None, where: str) -> str:

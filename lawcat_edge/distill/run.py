@@ -10,7 +10,6 @@ from collections.abc import Sequence as Rows
 from pathlib import Path
 from typing import Any
 
-import tokenizers
 import torch
 
 from lawcat_edge.adapter import Adapter
@@ -24,7 +23,8 @@ from lawcat_edge.distill.train import StageRun, TrainLog
 from lawcat_edge.model import LawcatModel, load_student
 from lawcat_edge.ops.backend import choose
 from lawcat_edge.runtime.errors import LawcatError
-from lawcat_edge.runtime.files import FileLock
+from lawcat_edge.runtime.files import FileLock, read_bytes
+from lawcat_edge.runtime.text import MAX_TOKENIZER, load_tokenizer
 from lawcat_edge.teacher import Teacher
 
 Report = Callable[[dict[str, Any]], None]
@@ -95,7 +95,7 @@ def _run(
         feature = settings.feature_dim or teacher.geometry.head_dim // 2
         config = LawcatConfig(settings.conv_kernel, feature, window=settings.window, rope=settings.rope)
     model = load_student(teacher, start_from, config, settings.backend, settings.seed).to(accelerator.device)
-    tokenizer = tokenizers.Tokenizer.from_file(str(teacher.tokenizer_path))
+    tokenizer = load_tokenizer(read_bytes(teacher.tokenizer_path, MAX_TOKENIZER), str(teacher.tokenizer_path))
     facts = {
         "settings": {k: v for k, v in settings.to_dict().items() if k not in _FREE},
         "teacher_sha256": teacher.sha256,

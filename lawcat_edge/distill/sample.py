@@ -19,6 +19,7 @@ from torch import Tensor
 from lawcat_edge.attention import rotate
 from lawcat_edge.distill.corpus import separator_ids
 from lawcat_edge.model import LawcatModel
+from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.runtime.files import atomic_file
 
 OPENINGS = (
@@ -43,7 +44,7 @@ def ensure_samples(
     separator, which gives text as the teacher saw it in training.
     """
     count = max(1, -(-tokens // LENGTH))
-    if path.is_file() and len(np.load(path, mmap_mode="r", allow_pickle=False)) >= count:
+    if path.is_file() and len(_pool(path)) >= count:
         return
     plan: list[list[int]] = [separator_ids(tokenizer)] * count
     if tokenizer.token_to_id("<|im_start|>") is not None:
@@ -78,13 +79,23 @@ def ensure_samples(
 
 def teacher_text(path: Path) -> Callable[[np.random.Generator, int], np.ndarray]:
     """Draw sampled sequences, as many as asked for: (rng, tokens) -> token ids."""
-    pool = np.load(path, mmap_mode="r", allow_pickle=False)
+    pool = _pool(path)
 
     def draw(rng: np.random.Generator, wanted: int) -> np.ndarray:
         picks = rng.integers(len(pool), size=-(-wanted // pool.shape[1]))
         return np.concatenate([pool[k] for k in picks])
 
     return draw
+
+
+def _pool(path: Path) -> np.ndarray:
+    try:
+        pool = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise LawcatError(f"{path} is damaged ({error}); remove it, and it is sampled again.") from None
+    if pool.ndim != 2 or pool.shape[1] != LENGTH or pool.dtype != np.int32:
+        raise LawcatError(f"{path} holds no samples of {LENGTH} tokens; remove it, and it is sampled again.")
+    return pool
 
 
 @torch.inference_mode()

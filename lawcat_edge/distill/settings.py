@@ -2,15 +2,45 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from lawcat_edge.runtime.errors import LawcatError
+from lawcat_edge.runtime.files import read_json
 
 RECIPES = Path(__file__).parent / "recipes"
 STAGES = ("both", "transfer", "finetune")
+
+
+# The smallest and the largest value that a run can mean something with.
+_WHOLE = {
+    "transfer_tokens": (0, 1 << 50),
+    "finetune_tokens": (0, 1 << 50),
+    "teacher_tokens": (0, 1 << 40),
+    "seq_len": (1, 1 << 24),
+    "finetune_seq_len": (1, 1 << 24),
+    "batch_size": (1, 1 << 16),
+    "grad_accumulation": (1, 1 << 16),
+    "lora_rank": (1, 4096),
+    "feature_dim": (0, 1024),
+    "conv_kernel": (2, 16),
+    "window": (0, 8192),
+    "seed": (0, (1 << 63) - 1),
+    "checkpoint_every": (1, 1 << 40),
+    "checkpoint_seconds": (0, 1 << 31),
+}
+_REAL = {
+    "lr_transfer": (0.0, 1e4),
+    "lr_lora": (0.0, 1e4),
+    "lr_new": (0.0, 1e4),
+    "clip": (0.0, 1e4),
+    "kl_weight": (0.0, 1e4),
+    "ce_weight": (0.0, 1e4),
+    "answer_weight": (0.0, 1e4),
+    "warmup": (0.0, 1.0),
+    "lora_alpha": (0.0, 1e6),
+}
 
 
 @dataclass(frozen=True)
@@ -21,6 +51,8 @@ class DistillSettings:
     answer_weight: weight of answer tokens in the cross-entropy of generated tasks (other tokens count 1).
     teacher_tokens: how much text to sample from the teacher when task_mix names ``teacher``.
     compile: torch.compile the parts around the Triton kernels (a fifth faster on a GPU, after half a minute).
+    warmup: share of a stage's steps in which the rate rises. clip: largest norm of a gradient (0: any).
+    lora_alpha: low-rank updates count lora_alpha / lora_rank times. checkpoint_seconds: at least so often.
     lr_new: rate of conv, feature map, gate and omega while fine-tuning (0 freezes them).
     """
 
@@ -59,27 +91,21 @@ class DistillSettings:
             raise LawcatError(f"stage must be one of {', '.join(STAGES)}, not {self.stage!r}.")
         if self.precision not in ("auto", "fp32", "bf16"):
             raise LawcatError(f"precision must be auto, fp32 or bf16, not {self.precision!r}.")
-        for name in (
-            "seq_len",
-            "finetune_seq_len",
-            "batch_size",
-            "grad_accumulation",
-            "lora_rank",
-            "checkpoint_every",
-        ):
-            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
-                raise LawcatError(
-                    f"{name} must be a whole number of at least 1, not {getattr(self, name)!r}."
-                )
-        for name in ("transfer_tokens", "finetune_tokens", "teacher_tokens"):
-            if type(getattr(self, name)) is not int or getattr(self, name) < 0:
-                raise LawcatError(
-                    f"{name} must be a whole number of at least 0, not {getattr(self, name)!r}."
-                )
-        for name in ("lr_transfer", "lr_lora", "lr_new", "kl_weight", "ce_weight", "clip"):
+        for name, (low, high) in _WHOLE.items():
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not 0 <= value < 1e4:
-                raise LawcatError(f"{name} must be a number from 0 to 10000, not {value!r}.")
+            if type(value) is not int or not low <= value <= high:
+                raise LawcatError(f"{name} must be a whole number from {low:,} to {high:,}, not {value!r}.")
+        for name, (least, most) in _REAL.items():
+            value = getattr(self, name)
+            # Written so that a NaN fails too.
+            if type(value) not in (int, float) or not least <= value <= most:
+                raise LawcatError(f"{name} must be a number from {least:g} to {most:g}, not {value!r}.")
+        for name in ("rope", "compile"):
+            if type(getattr(self, name)) is not bool:
+                raise LawcatError(f"{name} must be true or false, not {getattr(self, name)!r}.")
+        for name in ("task_mix", "backend"):
+            if not isinstance(getattr(self, name), str) or len(getattr(self, name)) > 1000:
+                raise LawcatError(f"{name} must be a short text, not {str(getattr(self, name))[:40]!r}.")
         if self.kl_weight + self.ce_weight <= 0:
             raise LawcatError("Fine-tuning needs a loss: set kl_weight or ce_weight above 0.")
         if self.window > min(self.seq_len, self.finetune_seq_len):
@@ -110,10 +136,7 @@ def load_recipe(name: str) -> DistillSettings:
         raise LawcatError(
             f"There is no recipe {name!r}; take one of {', '.join(recipe_names())}, or a JSON file."
         )
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise LawcatError(f"{path} is no readable JSON ({error}).") from None
+    data = read_json(path)
     if not isinstance(data, dict):
         raise LawcatError(f"{path} must hold one JSON object of settings.")
     return DistillSettings().with_changes({k: v for k, v in data.items() if not k.startswith("_")})

@@ -248,10 +248,10 @@ class TrainLog:
         for line in lines:
             try:
                 record = json.loads(line)
-            except ValueError:
+                if keep(record):
+                    kept.append(line)
+            except (ValueError, KeyError, TypeError):
                 break  # a line cut by a kill
-            if keep(record):
-                kept.append(line)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open for the run's whole life)

@@ -15,7 +15,9 @@ import numpy as np
 import tokenizers
 
 from lawcat_edge.distill.corpus import END_TOKENS, separator_ids
-from lawcat_edge.runtime.errors import LawcatError
+from lawcat_edge.runtime.files import read_bytes
+from lawcat_edge.runtime.text import MAX_TOKENIZER
+from lawcat_edge.runtime.text import load_tokenizer as parse_tokenizer
 
 
 class LanguageModel(Protocol):
@@ -49,10 +51,7 @@ def to_numpy(array: Any) -> np.ndarray:
 
 
 def load_tokenizer(path: Path) -> tokenizers.Tokenizer:
-    try:
-        return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises bare Exception
-        raise LawcatError(f"{path} is not a tokenizer.json: {str(error).splitlines()[0]}") from None
+    return parse_tokenizer(read_bytes(path, MAX_TOKENIZER), str(path))
 
 
 def end_ids(tokenizer: tokenizers.Tokenizer) -> set[int]:
