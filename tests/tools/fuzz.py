@@ -1,0 +1,133 @@
+"""Coverage-guided fuzzing of the parsers with atheris (its own environment: pip install atheris).
+
+    python tests/tools/fuzz.py --seconds 3600 --lanes 2 --work /tmp/fuzz     every target, one after the other
+    python tests/tools/fuzz.py --keep --work /tmp/fuzz                       minimise into tests/fuzz_corpus/
+
+An input that ends in anything but LawcatError is kept in WORK/findings/ (one for each kind and place) and the
+run goes on. The last line is JSON: executions, and what was found, by target. Seeds are the kept corpus.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+import subprocess
+import sys
+import time
+import traceback
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+KEPT = HERE.parent / "fuzz_corpus"
+NAMES = (
+    "manifest",
+    "onnx_graph",
+    "snapshot",
+    "safetensors",
+    "adapter_config",
+    "ranges",
+    "template",
+    "request",
+)
+NAMES += ("settings",)
+SLOW_SECONDS = 10
+MEMORY_MB = 1000
+
+
+def fuzz_one(name: str, work: Path, options: list[str]) -> None:
+    """In a process of its own: atheris takes it over and never returns."""
+    import atheris
+
+    sys.path[:0] = [str(HERE), str(HERE.parent.parent)]
+    with atheris.instrument_imports(include=["lawcat_edge", "fuzz_targets"]):
+        import fuzz_targets
+    seen: set[str] = set()
+
+    def test(data: bytes) -> None:
+        try:
+            fuzz_targets.run(name, data)
+        except Exception as error:
+            frames = traceback.extract_tb(error.__traceback__)
+            place = f"{type(error).__name__} at {Path(frames[-1].filename).name}:{frames[-1].lineno}"
+            if place not in seen:
+                seen.add(place)
+                key = hashlib.sha256(place.encode()).hexdigest()[:12]
+                (work / "findings" / f"{name}-{key}").write_bytes(data)
+                (work / "findings" / f"{name}-{key}.txt").write_text(traceback.format_exc())
+
+    atheris.Setup([sys.argv[0], *options], test)
+    atheris.Fuzz()
+
+
+def fuzz_for(name: str, seconds: float, work: Path) -> dict[str, Any]:
+    """Fuzz one target; after a crash, a hang or too much memory a new process goes on."""
+    corpus = work / "corpus" / name
+    corpus.mkdir(parents=True, exist_ok=True)
+    seeds = KEPT / name
+    end, executions, stops = time.monotonic() + seconds, 0, 0
+    while (left := int(end - time.monotonic())) > 5:
+        options = [str(corpus), *([str(seeds)] if seeds.is_dir() else []), f"-max_total_time={left}"]
+        options += ["-print_final_stats=1", "-max_len=16384", f"-timeout={SLOW_SECONDS}", "-verbosity=0"]
+        options += [f"-rss_limit_mb={MEMORY_MB}", f"-artifact_prefix={work}/findings/{name}-"]
+        command = [sys.executable, __file__, "--one", name, "--work", str(work), "--", *options]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=left + 120, check=False)
+        found = re.search(r"number_of_executed_units:\s*(\d+)", done.stderr)
+        executions += int(found[1]) if found else 0
+        if done.returncode:
+            stops += 1
+            (work / "findings" / f"{name}-stop-{stops}.txt").write_text(done.stderr[-20000:])
+            if not found:
+                break
+    bad = sorted(path.name for path in (work / "findings").glob(f"{name}-*") if path.suffix != ".txt")
+    return {"seconds": round(seconds), "executions": executions, "stops": stops, "findings": bad}
+
+
+def keep(work: Path, largest: int = 4096) -> dict[str, int]:
+    """Merge what was found into tests/fuzz_corpus/: the fewest small inputs of the same coverage."""
+    kept = {}
+    for name in NAMES:
+        (KEPT / name).mkdir(parents=True, exist_ok=True)
+        small = work / "small" / name
+        small.mkdir(parents=True, exist_ok=True)
+        for path in (work / "corpus" / name).iterdir():
+            if path.stat().st_size <= largest:
+                (small / path.name).write_bytes(path.read_bytes())
+        options = ["-merge=1", str(KEPT / name), str(small)]
+        command = [sys.executable, __file__, "--one", name, "--work", str(work), "--", *options]
+        subprocess.run(command, capture_output=True, timeout=1200, check=True)
+        kept[name] = len(list((KEPT / name).iterdir()))
+    return kept
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=60, help="of all targets together")
+    parser.add_argument("--lanes", type=int, default=1, help="targets at once")
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--targets", default=",".join(NAMES))
+    parser.add_argument("--keep", action="store_true")
+    parser.add_argument("--one")
+    parser.add_argument("options", nargs="*")
+    given = parser.parse_args()
+    (given.work / "findings").mkdir(parents=True, exist_ok=True)
+    if given.one:
+        fuzz_one(given.one, given.work, given.options)
+        return
+    if given.keep:
+        print(json.dumps({"kept": keep(given.work)}))
+        return
+    names = given.targets.split(",")
+    share = given.seconds / len(names)
+    with ThreadPoolExecutor(given.lanes) as pool:
+        results = list(pool.map(lambda name: fuzz_for(name, share, given.work), names))
+    report = dict(zip(names, results, strict=True))
+    total = sum(result["executions"] for result in results)
+    print(json.dumps({"seconds": given.seconds, "executions": total, "targets": report}))
+
+
+if __name__ == "__main__":
+    main()
