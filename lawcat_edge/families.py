@@ -80,10 +80,10 @@ class Geometry:
                 )
         for name in ("rms_norm_eps", "rope_theta"):
             value = getattr(self, name)
-            low, high = (1.0, 1e12) if name == "rope_theta" else (0.0, 1.0)
-            if type(value) not in (int, float) or not low <= value < high:
+            least, most = (1.0, 1e12) if name == "rope_theta" else (1e-30, 1.0)
+            if type(value) not in (int, float) or not least <= value <= most:
                 raise LawcatError(
-                    f"{name} must be from {low:g} to {high:g}, not {value!r}; check config.json."
+                    f"{name} must be from {least:g} to {most:g}, not {value!r}; check config.json."
                 )
         window = self.sliding_window
         if window is not None and (type(window) is not int or window < 1):

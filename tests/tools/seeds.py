@@ -6,6 +6,7 @@ import json
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -27,7 +28,7 @@ def seeds(folder: Path) -> dict[str, list[bytes]]:
 
     bundle = build_tiny_bundle(folder / "bundle", window=2, rope=True)
     tensor = onnx.helper.make_tensor("w", 1, [2, 3], [0.0] * 6)
-    far = onnx.TensorProto(name="f", dims=[4], data_type=1, data_location=1)
+    far = onnx.TensorProto(name="f", dims=[4], data_type=1, data_location=onnx.TensorProto.EXTERNAL)
     for key, value in (("location", "model.onnx.data"), ("offset", "0"), ("length", "16")):
         far.external_data.add(key=key, value=value)
     nodes = [onnx.helper.make_node("Add", ["w", "f"], ["y"], name="n", domain="com.microsoft")]
@@ -49,10 +50,25 @@ def seeds(folder: Path) -> dict[str, list[bytes]]:
         {"head": histogram}, {"head": [3.0]}, 3, ["t"],
     )  # fmt: skip
     found.save(folder / "ranges.json")
-    chat = {"model": "m", "messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}]}
+    chat: dict[str, Any] = {
+        "model": "m",
+        "messages": [{"role": "user", "content": [{"type": "text", "text": "x"}]}],
+    }
     chat |= {"stream": True, "stream_options": {"include_usage": True}, "seed": 1, "logprobs": True}
-    body = {"prompt": [1, 2], "max_tokens": 4, "stop": ["a"], "temperature": 0.5, "n": 1, "top_p": 0.9}
-    geometry = {"model_type": "llama", "hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
+    body: dict[str, Any] = {
+        "prompt": [1, 2],
+        "max_tokens": 4,
+        "stop": ["a"],
+        "temperature": 0.5,
+        "n": 1,
+        "top_p": 0.9,
+    }
+    geometry: dict[str, Any] = {
+        "model_type": "llama",
+        "hidden_size": 8,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 1,
+    }
     geometry |= {"intermediate_size": 8, "vocab_size": 8, "rms_norm_eps": 1e-5}
     geometry |= {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "rope_theta": 1e4}
     wide = "{% set ns = namespace(n=0) %}{% for m in messages if m.role in ['user'] %}{{ m.content | trim }}"
