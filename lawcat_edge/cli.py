@@ -108,7 +108,8 @@ def run(arguments: list[str] | None = None, environment: Mapping[str, str] = os.
         message, code = explain(error)
         if message is None:
             raise
-        print(f"Error: {message}", file=sys.stderr)
+        rank = environment.get("RANK", "0")  # one of many processes: say which, since each may fail alone
+        print(f"Error{'' if rank == '0' else f' in process {rank}'}: {message}", file=sys.stderr)
     if code == INTERRUPTED:  # typer turns Ctrl-C into this code itself
         print("Interrupted; nothing half-written was left in place.", file=sys.stderr)
     return code

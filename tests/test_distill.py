@@ -100,12 +100,12 @@ def test_a_nan_stops_with_the_layer_and_keeps_the_checkpoint(folder, monkeypatch
 
     calls = []
 
-    def poisoned(self, ids, weight=None):
+    def poisoned(self, ids, *others):
         calls.append(ids)
         if len(calls) == 5:
             with torch.no_grad():
                 self.model.layers[1].self_attn.conv_k.fill_(float("nan"))
-        return real(self, ids, weight)
+        return real(self, ids, *others)
 
     monkeypatch.setattr(TransferStep, "forward", poisoned)
     with pytest.raises(train.Diverged, match="layer 1") as caught:

@@ -68,6 +68,7 @@ def distill(
     given = dict(locals())
     from lawcat_edge.adapter import Adapter
     from lawcat_edge.commands.progress import training_progress
+    from lawcat_edge.distill.parallel import is_main_process
     from lawcat_edge.distill.run import distill as run
     from lawcat_edge.distill.settings import DistillSettings, load_recipe
     from lawcat_edge.runtime.errors import LawcatError
@@ -88,10 +89,12 @@ def distill(
     source = resolve(teacher)
     if base is not None:
         base.check_teacher(source)
-    with training_progress() as progress:
+    with training_progress(shown=is_main_process()) as progress:
         adapter = run(
             source, data or [], out, settings, start_from=base, resume=resume, report=progress, half=half
         )
+    if not is_main_process():
+        return
     if json_:
         print(json.dumps({"adapter": str(out), "sha256": adapter.sha256, **adapter.training}))
     else:

@@ -35,8 +35,9 @@ class TrainingProgress:
 
 
 @contextmanager
-def training_progress() -> Iterator[TrainingProgress]:
-    if not sys.stderr.isatty():
+def training_progress(shown: bool = True) -> Iterator[TrainingProgress]:
+    """A progress to call with records; ``shown`` false for a process that reports none."""
+    if not shown or not sys.stderr.isatty():
         yield TrainingProgress(None)
         return
     from rich.console import Console

@@ -8,13 +8,14 @@ The data position needs no file: sequences are a function of seed and index, and
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lawcat_edge.distill.parallel import shard_like, whole
 from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.runtime.files import atomic_folder, read_json, sha256_file, write_json
 
@@ -23,7 +24,8 @@ FORMAT = 1
 
 @dataclass
 class Progress:
-    """Where a run stands. best: smallest smoothed loss of the stage so far (the guard's yardstick)."""
+    """Where a run stands. best: smallest smoothed loss of the stage so far (the guard's yardstick);
+    finished: tokens, seconds and loss of the stages before."""
 
     stage: str
     step: int = 0
@@ -31,25 +33,34 @@ class Progress:
     seconds: float = 0.0
     smoothed: float = 0.0
     best: float = float("inf")
+    finished: dict[str, Any] = field(default_factory=dict)
+
+
+def collect(
+    parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer | None = None
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Whole tensors on the CPU (parameters, moments) by name, and AdamW's steps; every process calls this."""
+    tensors = {name: whole(p).cpu().contiguous() for name, p in parameters.items()}
+    steps: dict[str, float] = {}
+    for name, parameter in parameters.items():
+        state = optimizer.state.get(parameter) if optimizer is not None else None
+        if state:
+            steps[name] = float(state["step"])
+            for moment in ("exp_avg", "exp_avg_sq"):
+                tensors[f"{moment}/{name}"] = whole(state[moment]).cpu().contiguous()
+    return tensors, steps
 
 
 def save_checkpoint(
     folder: Path,
-    parameters: dict[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
+    tensors: dict[str, Tensor],
+    steps: dict[str, float],
     progress: Progress,
     facts: dict[str, Any],
 ) -> None:
+    """Write what ``collect`` gave, at once: a kill leaves the checkpoint before."""
     from safetensors.torch import save_file
 
-    tensors: dict[str, Tensor] = {name: p.detach().cpu().contiguous() for name, p in parameters.items()}
-    steps: dict[str, float] = {}
-    for name, parameter in parameters.items():
-        state = optimizer.state.get(parameter)
-        if state:
-            steps[name] = float(state["step"])
-            for moment in ("exp_avg", "exp_avg_sq"):
-                tensors[f"{moment}/{name}"] = state[moment].detach().cpu().contiguous()
     with atomic_folder(folder, "state.json") as building:
         save_file(tensors, building / "state.safetensors")
         digest = sha256_file(building / "state.safetensors")
@@ -67,6 +78,12 @@ def read_progress(folder: Path, facts: dict[str, Any]) -> Progress:
         raise LawcatError(f"{folder} is no checkpoint of this version; remove it and start the run anew.")
     for name, value in facts.items():
         if data.get(name) != value:
+            if name == "global_batch":
+                raise LawcatError(
+                    f"The checkpoint in {folder} took {data.get(name)} sequences a step, this run would take "
+                    f"{value}; set --batch-size and --grad-accumulation so that their product times the "
+                    f"number of processes is {data.get(name)}."
+                )
             differing = name
             if isinstance(value, dict) and isinstance(data.get(name), dict):
                 differing = next((k for k in value if data[name].get(k) != value[k]), name)
@@ -83,7 +100,8 @@ def read_progress(folder: Path, facts: dict[str, Any]) -> Progress:
         raise LawcatError(f"{folder}/state.json is damaged ({error}); remove it and start anew.") from None
     whole = all(type(n) is int and 0 <= n < 1 << 60 for n in (progress.step, progress.tokens))
     numbers = (progress.seconds, progress.smoothed, progress.best)
-    if not whole or progress.stage not in ("transfer", "finetune") or not all(map(_is_number, numbers)):
+    known = progress.stage in ("transfer", "finetune") and isinstance(progress.finished, dict)
+    if not whole or not known or not all(map(_is_number, numbers)):
         raise LawcatError(f"{folder}/state.json is damaged (field 'progress'); remove it and start anew.")
     return progress
 
@@ -120,7 +138,7 @@ def load_tensors(
                     raise LawcatError(
                         f"{file} has no {wanted!r} of the right shape; remove {folder} and start anew."
                     )
-            parameter.copy_(tensors[name])
+            parameter.copy_(shard_like(tensors[name], parameter))
             if optimizer is None or name not in steps:
                 continue
             # capturable and fused AdamW keep the step on the device, the plain one on the CPU
@@ -128,6 +146,6 @@ def load_tensors(
             device = parameter.device if fused else torch.device("cpu")
             optimizer.state[parameter] = {
                 "step": torch.tensor(steps[name], device=device),
-                "exp_avg": tensors[f"exp_avg/{name}"].to(parameter.device),
-                "exp_avg_sq": tensors[f"exp_avg_sq/{name}"].to(parameter.device),
+                "exp_avg": shard_like(tensors[f"exp_avg/{name}"], parameter),
+                "exp_avg_sq": shard_like(tensors[f"exp_avg_sq/{name}"], parameter),
             }

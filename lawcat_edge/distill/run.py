@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -14,8 +15,9 @@ import torch
 
 from lawcat_edge.adapter import Adapter
 from lawcat_edge.config import LawcatConfig
-from lawcat_edge.distill.checkpoint import read_progress
+from lawcat_edge.distill.checkpoint import collect, read_progress
 from lawcat_edge.distill.data import Sequence, parse_mix, sequences
+from lawcat_edge.distill.parallel import one_fate, open_accelerator, sharded
 from lawcat_edge.distill.sample import ensure_samples, teacher_text
 from lawcat_edge.distill.settings import DistillSettings
 from lawcat_edge.distill.steps import FinetuneStep, TransferStep
@@ -47,22 +49,21 @@ def distill(
     While running, log and checkpoint live in ``OUT.run`` beside the target; ``resume`` goes on from there.
     report: called with every log record. Raises LawcatError for the user's mistakes, Diverged for a bad loss.
     """
-    from accelerate import Accelerator
-
     if settings.stage == "finetune" and start_from is None:
         raise LawcatError(
             "Stage finetune alone needs an adapter to start from; give --start-from, or --stage both."
         )
-    accelerator = Accelerator(
-        mixed_precision="bf16" if _bf16(settings) else "no", cpu=not torch.cuda.is_available()
-    )
+    accelerator = open_accelerator(_bf16(settings))
     folder = out.with_name(out.name + ".run")
     _check_target(out)
     if accelerator.is_main_process:
         out.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder) if accelerator.is_main_process else contextlib.nullcontext():
         try:
-            return _run(teacher, data, out, settings, start_from, resume, report, half, accelerator, folder)
+            with one_fate(accelerator, folder):
+                return _run(
+                    teacher, data, out, settings, start_from, resume, report, half, accelerator, folder
+                )
         except BaseException:
             if accelerator.is_main_process and not (folder / "checkpoint").exists():
                 shutil.rmtree(folder, ignore_errors=True)  # nothing in it can be resumed
@@ -94,7 +95,9 @@ def _run(
     else:
         feature = settings.feature_dim or teacher.geometry.head_dim // 2
         config = LawcatConfig(settings.conv_kernel, feature, window=settings.window, rope=settings.rope)
-    model = load_student(teacher, start_from, config, settings.backend, settings.seed).to(accelerator.device)
+    model = load_student(teacher, start_from, config, settings.backend, settings.seed)
+    if not sharded(accelerator):  # shards go to the device one by one: all of a large teacher may not fit
+        model.to(accelerator.device)
     tokenizer = load_tokenizer(read_bytes(teacher.tokenizer_path, MAX_TOKENIZER), str(teacher.tokenizer_path))
     facts = {
         "settings": {k: v for k, v in settings.to_dict().items() if k not in _FREE},
@@ -126,7 +129,10 @@ def _run(
     if "teacher" in parse_mix(settings.task_mix):
         samples = folder / "teacher_samples.npy"
         if accelerator.is_main_process:
+            home = model.embed_tokens.weight.device
+            model.to(accelerator.device)
             ensure_samples(model, tokenizer, samples, settings.teacher_tokens, settings.seed, report)
+            model.to(home)
         accelerator.wait_for_everyone()
         own_text = teacher_text(samples)
 
@@ -140,21 +146,31 @@ def _run(
     if settings.compile:
         model.compile_parts()
     for stage in stages:
-        groups = _prepare(model, stage, settings)
-        if done is not None and stage != done.stage and stages.index(stage) < stages.index(done.stage):
+        if done is not None and stages.index(stage) < stages.index(done.stage):
             continue  # finished before the checkpoint, whose tensors hold its result
+        if summary and sharded(accelerator):
+            model = _unsharded(model, teacher, settings)
+        _switch_on(model, stage, settings)
         module = (
             TransferStep(model)
             if stage == "transfer"
             else FinetuneStep(model, settings.kl_weight, settings.ce_weight)
         )
         stage_run = StageRun(
-            stage, module, groups, model.adapter_parameters(), settings, accelerator, folder, facts
+            stage,
+            module,
+            functools.partial(_groups, model, stage, settings),
+            model.adapter_parameters,
+            settings,
+            accelerator,
+            folder,
+            facts,
         )
         if done is not None:
-            if stage == done.stage:
-                stage_run.resume()
+            stage_run.resume()
+            summary |= done.finished
             done = None
+        stage_run.progress.finished = dict(summary)
 
         def rows(
             start: int, length: int = stage_run.seq_len, batch: int = stage_run.global_batch
@@ -176,18 +192,14 @@ def _run(
             stage_run.run(rows, record)
         p = stage_run.progress
         summary[stage] = {"tokens": p.tokens, "seconds": round(p.seconds, 1), "loss": round(p.smoothed, 6)}
+        del module, stage_run  # with the wrapper, whose hooks would fire in the next stage
         accelerator.free_memory()
 
     if log is not None:
         log.close()
-    tensors = {name: p.detach().float().cpu().numpy() for name, p in model.adapter_parameters().items()}
-    adapter = Adapter(
-        config,
-        teacher.geometry,
-        teacher.name,
-        teacher.sha256,
-        tensors,
-        model.lora,
+    adapter = _adapter(
+        model,
+        teacher,
         {
             "settings": settings.to_dict(),
             "stages": summary,
@@ -200,33 +212,52 @@ def _run(
         extra |= _pictures(folder / "train_log.jsonl")
         adapter.save(out, half=half, extra=extra)
     accelerator.wait_for_everyone()
-    return Adapter.load(out)
+    saved = Adapter.load(out)
+    accelerator.end_training()
+    return saved
+
+
+def _adapter(model: LawcatModel, teacher: Teacher, training: dict[str, Any]) -> Adapter:
+    """What the model has learned; every process calls this, since shards are gathered."""
+    tensors = {name: p.float().numpy() for name, p in collect(model.adapter_parameters())[0].items()}
+    return Adapter(
+        model.config, teacher.geometry, teacher.name, teacher.sha256, tensors, model.lora, training
+    )
+
+
+def _unsharded(model: LawcatModel, teacher: Teacher, settings: DistillSettings) -> LawcatModel:
+    """The same model with plain parameters: a sharded one takes in no LoRA and no new wrapping."""
+    fresh = load_student(teacher, _adapter(model, teacher, {}), backend=settings.backend)
+    if settings.compile:
+        fresh.compile_parts()
+    return fresh
 
 
 # Settings that change the speed of a run and not its result, so a resumed run may differ in them.
 _FREE = ("compile", "batch_size", "grad_accumulation", "checkpoint_every", "checkpoint_seconds")
 
 
-def _prepare(
-    model: LawcatModel, stage: str, settings: DistillSettings
-) -> list[tuple[dict[str, torch.nn.Parameter], float]]:
-    """Switch on the parameters a stage trains; groups of (named parameters, learning rate)."""
-    new = model.new_parameters()
-    if stage == "transfer":
-        for parameter in new.values():
-            parameter.requires_grad_(True)
-        return [(new, settings.lr_transfer)]
-    if model.lora is None:
+def _switch_on(model: LawcatModel, stage: str, settings: DistillSettings) -> None:
+    """Let the parameters train that the stage trains, and no others: DDP waits for the gradient of each."""
+    if stage == "finetune" and model.lora is None:
         with torch.random.fork_rng():
             torch.manual_seed(settings.seed)
             model.add_lora(settings.lora_rank, settings.lora_alpha)
+    model.requires_grad_(False)
+    for named, _ in _groups(model, stage, settings):
+        for parameter in named.values():
+            parameter.requires_grad_(True)
+
+
+def _groups(
+    model: LawcatModel, stage: str, settings: DistillSettings
+) -> list[tuple[dict[str, torch.nn.Parameter], float]]:
+    """What a stage trains: groups of (named parameters, learning rate)."""
+    if stage == "transfer":
+        return [(model.new_parameters(), settings.lr_transfer)]
     groups = [(model.lora_parameters(), settings.lr_lora)]
-    for parameter in new.values():
-        parameter.requires_grad_(settings.lr_new > 0)
     if settings.lr_new:
-        groups.append((new, settings.lr_new))
-    for parameter in model.lora_parameters().values():
-        parameter.requires_grad_(True)
+        groups.append((model.new_parameters(), settings.lr_new))
     return groups
 
 

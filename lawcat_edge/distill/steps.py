@@ -16,7 +16,9 @@ class TransferStep(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, ids: Tensor, weight: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, ids: Tensor, weight: Tensor | None = None, norm: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         layers = self.model.transfer_losses(ids)
         return layers.mean() * 1000, {"layers": layers.detach()}
 
@@ -28,16 +30,23 @@ class FinetuneStep(nn.Module):
         super().__init__()
         self.model, self.kl_weight, self.ce_weight = model, kl_weight, ce_weight
 
-    def forward(self, ids: Tensor, weight: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        """ids [B,T]; weight [B,T] of each token as a target of the cross-entropy (None: all 1)."""
+    def forward(
+        self, ids: Tensor, weight: Tensor | None = None, norm: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """ids [B,T]; weight [B,T] of each token as a target of the cross-entropy (None: all 1).
+
+        norm: what the weighted cross-entropies are divided by; None: the sum of these weights. A step of
+        several batches or processes gives each the mean sum over all, so that their losses average to that
+        of one large batch, in which heavy tokens need not be spread evenly.
+        """
         teacher = None
         if self.kl_weight:
             with torch.no_grad():
                 teacher = self.model.teacher_hidden(ids)[:, :-1]
         student, _ = self.model.hidden(ids)
         targets = ids[:, 1:]
-        weight = torch.ones_like(targets, dtype=torch.float32) if weight is None else weight[:, 1:].float()
-        shares = weight / weight.sum().clamp_min(1e-9)
+        weight = target_weights(ids, weight)
+        shares = weight / (weight.sum() if norm is None else norm).clamp_min(1e-9)
         loss, kl, ce = head_loss(
             self.model.lm_head,
             student[:, :-1].flatten(0, 1),
@@ -48,3 +57,10 @@ class FinetuneStep(nn.Module):
             compiled=self.model.compiled,
         )
         return loss, {"kl": kl.mean(), "ce": (ce * shares.flatten()).sum()}
+
+
+def target_weights(ids: Tensor, weight: Tensor | None) -> Tensor:
+    """Loss weights of the tokens that are predicted, all but the first: [B,T-1] in float32."""
+    if weight is None:
+        return torch.ones_like(ids[:, 1:], dtype=torch.float32)
+    return weight[:, 1:].float()

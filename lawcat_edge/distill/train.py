@@ -20,9 +20,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lawcat_edge.distill.checkpoint import Progress, load_tensors, read_progress, save_checkpoint
+from lawcat_edge.distill.checkpoint import (
+    Progress,
+    collect,
+    load_tensors,
+    read_progress,
+    save_checkpoint,
+)
 from lawcat_edge.distill.data import Sequence
+from lawcat_edge.distill.parallel import held_gradients, local, whole, wrap
 from lawcat_edge.distill.settings import DistillSettings
+from lawcat_edge.distill.steps import target_weights
 from lawcat_edge.runtime.errors import LawcatError
 
 SMOOTHING = 0.95
@@ -36,40 +44,40 @@ class Diverged(LawcatError):  # noqa: N818 (it reads as what happened)
 
 
 class StageRun:
-    """One stage of a run: ``module(ids, weight) -> (loss, parts)`` over ``groups`` (named parameters, rate).
+    """One stage of a run: ``module(ids, weight, norm) -> (loss, parts)``.
 
-    saved: all parameters of the adapter, those that this stage leaves alone too.
+    groups: named parameters and their rate. saved: all parameters of the adapter. Both are asked for once the
+    module is wrapped, because sharding replaces the parameters.
     """
 
     def __init__(
         self,
         stage: str,
         module: nn.Module,
-        groups: list[tuple[dict[str, nn.Parameter], float]],
-        saved: dict[str, nn.Parameter],
+        groups: Callable[[], list[tuple[dict[str, nn.Parameter], float]]],
+        saved: Callable[[], dict[str, nn.Parameter]],
         settings: DistillSettings,
         accelerator: Any,
         folder: Path,
         facts: dict[str, Any],
     ) -> None:
         self.stage, self.settings, self.accelerator, self.folder = stage, settings, accelerator, folder
-        self.saved = saved
-        self.parameters = {name: p for named, _ in groups for name, p in named.items()}
         self.seq_len = settings.seq_len if stage == "transfer" else settings.finetune_seq_len
         self.per_process = settings.batch_size * settings.grad_accumulation
         self.global_batch = self.per_process * accelerator.num_processes
         tokens = settings.transfer_tokens if stage == "transfer" else settings.finetune_tokens
         self.steps = math.ceil(tokens / (self.global_batch * self.seq_len))
         self.facts = {**facts, "global_batch": self.global_batch}
-        self.rates = [rate for _, rate in groups]
-        fused = accelerator.device.type == "cuda"
-        optimizer = torch.optim.AdamW(
-            [{"params": list(named.values()), "lr": rate} for named, rate in groups],
+        self.module = wrap(module, accelerator)
+        self.saved, named_groups = saved(), groups()
+        self.parameters = {name: p for named, _ in named_groups for name, p in named.items()}
+        self.rates = [rate for _, rate in named_groups]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": list(named.values()), "lr": rate} for named, rate in named_groups],
             betas=(0.9, 0.95),
             weight_decay=0.0,
-            fused=fused,
+            fused=accelerator.device.type == "cuda",
         )
-        self.module, self.optimizer = accelerator.prepare(module, optimizer)
         self.progress = Progress(stage)
 
     @property
@@ -80,12 +88,13 @@ class StageRun:
         """Continue from the checkpoint if it is of this stage."""
         progress = read_progress(self.checkpoint, self.facts)
         if progress.stage == self.stage:
-            load_tensors(self.checkpoint, self.saved, self.optimizer.optimizer)
+            load_tensors(self.checkpoint, self.saved, self.optimizer)
             self.progress = progress
 
     def save(self) -> None:
+        tensors, steps = collect(self.saved, self.optimizer)
         if self.accelerator.is_main_process:
-            save_checkpoint(self.checkpoint, self.saved, self.optimizer.optimizer, self.progress, self.facts)
+            save_checkpoint(self.checkpoint, tensors, steps, self.progress, self.facts)
         self.accelerator.wait_for_everyone()
 
     def rate(self, step: int) -> float:
@@ -115,52 +124,66 @@ class StageRun:
                 progress.seconds = time.monotonic() - started
                 last = progress.step == self.steps
                 due = progress.step % settings.checkpoint_every == 0
-                late = (
-                    time.monotonic() - saved > settings.checkpoint_seconds
-                    and self.accelerator.num_processes == 1
-                )
-                if last or due or late or progress.step % every == 0:
-                    self._check(pending, report)
+                if last or due or progress.step % every == 0:
+                    late = self._check(pending, time.monotonic() - saved, report)
                     pending = []
-                if last or due or late:
-                    self.save()
-                    saved = time.monotonic()
+                    if last or due or late:
+                        self.save()
+                        saved = time.monotonic()
         finally:
             self.module.eval()
 
     def _step(self, feed: Iterator[Sequence]) -> tuple[Tensor, dict[str, Tensor]]:
         micro, parts, total = self.settings.grad_accumulation, [], []
+        batches = [
+            collate([next(feed) for _ in range(self.settings.batch_size)], self.accelerator.device)
+            for _ in range(micro)
+        ]
+        norm = self._norm(batches)
         self.optimizer.zero_grad(set_to_none=True)
-        for i in range(micro):
-            ids, weight = collate(
-                [next(feed) for _ in range(self.settings.batch_size)], self.accelerator.device
-            )
-            syncing = i == micro - 1
-            if syncing:
-                loss, part = self.module(ids, weight)
-                self.accelerator.backward(loss / micro)
-            else:
-                with self.accelerator.no_sync(self.module):
-                    loss, part = self.module(ids, weight)
-                    self.accelerator.backward(loss / micro)
+        for i, (ids, weight) in enumerate(batches):
+            with held_gradients(self.module, self.accelerator, hold=i < micro - 1):
+                with self.accelerator.autocast():
+                    loss, part = self.module(ids, weight, norm)
+                (loss / micro).backward()
             total.append(loss.detach())
             parts.append(part)
         if self.settings.clip:
-            norm = self.accelerator.clip_grad_norm_(list(self.parameters.values()), self.settings.clip)
-            parts[-1] = {**parts[-1], "grad_norm": norm.detach()}
+            norm_of_all = nn.utils.clip_grad_norm_(list(self.parameters.values()), self.settings.clip)
+            parts[-1] = {**parts[-1], "grad_norm": whole(norm_of_all)}
         self.optimizer.step()
         mean = {k: torch.stack([p[k] for p in parts if k in p]).mean(0) for k in parts[-1]}
         return torch.stack(total).mean(), mean
 
+    def _norm(self, batches: list[tuple[Tensor, Tensor | None]]) -> Tensor | None:
+        """The loss weight of this step's average batch, over all processes; None where there is but one."""
+        alone = len(batches) == 1 and self.accelerator.num_processes == 1
+        if alone or self.stage != "finetune" or not self.settings.ce_weight:
+            return None
+        sums = [target_weights(ids, weight).sum() for ids, weight in batches]
+        return self.accelerator.reduce(torch.stack(sums).mean(), "mean")
+
     def _check(
-        self, pending: list[tuple[Tensor, dict[str, Tensor]]], report: Callable[[dict[str, Any]], None]
-    ) -> None:
-        """Log the pending steps; stop on NaN or explosion, naming the layer, before anything is saved."""
+        self,
+        pending: list[tuple[Tensor, dict[str, Tensor]]],
+        since_saved: float,
+        report: Callable[[dict[str, Any]], None],
+    ) -> bool:
+        """Log the pending steps; stop on NaN or explosion, naming the layer, before anything is saved.
+
+        What is logged is the mean over processes, so all of them stop at the same step. True if the main
+        process finds that a checkpoint is overdue.
+        """
         progress = self.progress
         first = progress.step - len(pending)
-        for i, (loss_tensor, parts) in enumerate(pending):
-            loss = float(self.accelerator.reduce(loss_tensor, "mean"))
-            layers = parts["layers"].tolist() if "layers" in parts else None
+        overdue = since_saved > self.settings.checkpoint_seconds and self.accelerator.is_main_process
+        rows = [torch.cat([loss.view(1), *(p.flatten() for p in parts.values())]) for loss, parts in pending]
+        late = rows[0].new_full((1,), float(overdue))
+        flat = self.accelerator.reduce(torch.cat([late, *(row.float() for row in rows)]), "mean").tolist()
+        for i, (row, (_, parts)) in enumerate(zip(_split(flat[1:], len(rows)), pending, strict=True)):
+            loss, values = row[0], iter(row[1:])
+            means = {name: [next(values) for _ in range(part.numel())] for name, part in parts.items()}
+            layers = means.pop("layers", None)
             if not math.isfinite(loss):
                 raise Diverged(self._message("the loss is no longer a number", layers))
             progress.smoothed = (
@@ -177,7 +200,7 @@ class StageRun:
                 "steps": self.steps,
                 "loss": loss,
             }
-            record |= {k: float(v) for k, v in parts.items() if v.ndim == 0}
+            record |= {name: value for name, (value,) in means.items()}
             if layers is not None:
                 record["layers"] = [float(f"{value:.6g}") for value in layers]
             record |= {
@@ -185,16 +208,13 @@ class StageRun:
                 "seconds": round(progress.seconds, 3),
             }
             report(record)
+        return flat[0] > 0
 
     def _message(self, what: str, layers: list[float] | None) -> str:
         if layers is None:
-            bad = next((n for n, p in self.parameters.items() if not bool(torch.isfinite(p).all())), None)
+            bad = next((n for n, p in self.parameters.items() if not _finite(p)), None)
             bad = bad or next(
-                (
-                    n
-                    for n, p in self.parameters.items()
-                    if p.grad is not None and not bool(torch.isfinite(p.grad).all())
-                ),
+                (n for n, p in self.parameters.items() if p.grad is not None and not _finite(p.grad)),
                 "none of the trained parameters (the hidden states themselves)",
             )
             where = f"first seen in {bad}"
@@ -205,6 +225,15 @@ class StageRun:
             f"Stage {self.stage}, step {self.progress.step}: {what}, {where}; the last good checkpoint is "
             f"kept in {self.checkpoint}; lower the learning rate and start anew."
         )
+
+
+def _split(values: list[float], count: int) -> list[list[float]]:
+    size = len(values) // count
+    return [values[i * size : (i + 1) * size] for i in range(count)]
+
+
+def _finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(local(tensor)).all())
 
 
 def collate(batch: list[Sequence], device: torch.device) -> tuple[Tensor, Tensor | None]:
