@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import os
 import shutil
 import tempfile
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from lawcat_edge.families import FAMILIES, Geometry
 from lawcat_edge.runtime.errors import LawcatError
-from lawcat_edge.runtime.files import read_json, sha256_file
+from lawcat_edge.runtime.files import read_bytes, read_json, sha256_file
 
 if TYPE_CHECKING:
     from lawcat_edge.weights import WeightSource
@@ -38,6 +39,22 @@ class Teacher:
     @property
     def tokenizer_path(self) -> Path:
         return self.folder / "tokenizer.json"
+
+    def chat_template(self) -> tuple[str, str] | None:
+        """The source of the teacher's chat template and its end token; None where it has no template."""
+        path = self.folder / "tokenizer_config.json"
+        try:  # not read_json: transformers writes lengths of 31 digits here, which that refuses
+            settings = json.loads(read_bytes(path, 32 << 20)) if path.is_file() else {}
+        except (ValueError, RecursionError) as error:
+            raise LawcatError(f"{path} is no readable JSON ({error}); get the model anew.") from None
+        settings = settings if isinstance(settings, dict) else {}
+        source = settings.get("chat_template")
+        if isinstance(source, list):  # several, by name
+            source = next((item.get("template") for item in source if item.get("name") == "default"), None)
+        if (self.folder / "chat_template.jinja").is_file():
+            source = read_bytes(self.folder / "chat_template.jinja", 1 << 20).decode()
+        end = settings.get("eos_token") or ""
+        return (source, end["content"] if isinstance(end, dict) else end) if source else None
 
     def weights(self) -> WeightSource:
         from lawcat_edge.weights import SafetensorsWeights

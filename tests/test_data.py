@@ -15,7 +15,7 @@ from lawcat_edge.distill import data, packing, readers
 from lawcat_edge.distill.corpus import TokenArray, separator_ids, sidecar_path
 from lawcat_edge.distill.data import parse_mix, sequences, token_sequences, tokenise_corpus
 from lawcat_edge.distill.packing import permuted
-from lawcat_edge.distill.readers import Part, expand, read_parts
+from lawcat_edge.distill.readers import ChatForm, Part, expand, read_parts
 from lawcat_edge.runtime.errors import LawcatError
 
 
@@ -83,7 +83,14 @@ def test_jsonl_parquet_and_messages_give_the_same_documents(tmp_path: Path) -> N
     (tmp_path / "c.jsonl").write_text(json.dumps(chat), encoding="utf-8")
     template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
     assert texts(tmp_path / "c.jsonl") == ["user: Hi\nassistant: Hello"]
-    assert texts(tmp_path / "c.jsonl", chat_template=template) == ["<user>Hi<assistant>Hello"]
+    assert texts(tmp_path / "c.jsonl", chat_template=ChatForm(template)) == ["<user>Hi<assistant>Hello"]
+    with pytest.raises(LawcatError, match=r"c\.jsonl:1 does not fit .*only users speak") as caught:
+        texts(tmp_path / "c.jsonl", chat_template=ChatForm("{{ raise_exception('only users speak') }}"))
+    assert "bundle" not in str(caught.value)
+    broken = ChatForm("{% for %}")
+    assert texts(tmp_path / "a.jsonl", chat_template=broken) == ["first text", "second text"]
+    with pytest.raises(LawcatError, match="not valid"):
+        texts(tmp_path / "c.jsonl", chat_template=broken)
 
 
 def test_globs_expand_in_order(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from tiny_teacher import make_teacher, write_corpus
+from tiny_teacher import byte_tokenizer, make_teacher, write_corpus
 
 from lawcat_edge.adapter import Adapter
 from lawcat_edge.distill import train
@@ -221,3 +221,33 @@ def test_teacher_text_is_sampled_once_and_used(folder):
     samples = np.load(folder / "own.run" / "teacher_samples.npy", allow_pickle=False)
     assert samples.shape == (1, 1024)
     assert len(set(samples[0].tolist())) > 20
+
+
+@pytest.mark.parametrize("place", ["chat_template.jinja", "tokenizer_config.json"])
+def test_conversations_are_read_as_the_teacher_writes_them(folder, tmp_path, monkeypatch, place):
+    shutil.copytree(folder / "teacher", tmp_path / "teacher")
+    source = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}"
+    facts: dict = {"eos_token": {"content": "<|endoftext|>"}, "model_max_length": 10**30}
+    if place == "chat_template.jinja":
+        (tmp_path / "teacher" / place).write_text(source)
+    else:
+        facts["chat_template"] = [
+            {"name": "tools", "template": "no"},
+            {"name": "default", "template": source},
+        ]
+    (tmp_path / "teacher" / "tokenizer_config.json").write_text(json.dumps(facts))
+    talk = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "Here."}]
+    line = json.dumps({"messages": talk}) + "\n"
+    (tmp_path / "chat.jsonl").write_text(line * 200)
+    seen = []
+    real = TransferStep.forward
+
+    def watch(self, ids, *others):
+        seen.append(ids)
+        return real(self, ids, *others)
+
+    monkeypatch.setattr(TransferStep, "forward", watch)
+    settings = SMALL.with_changes({"stage": "transfer", "transfer_tokens": 64})
+    distill(resolve(tmp_path / "teacher"), [tmp_path / "chat.jsonl"], tmp_path / "out", settings)
+    text = byte_tokenizer().decode(seen[0][0].tolist(), skip_special_tokens=False)
+    assert "Here.<|endoftext|><|endoftext|>[user] Where?<|endoftext|>[assistant] Here." in text

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from lawcat_edge.distill.readers import HELDOUT_SHARE, Part, expand, read_parts
+from lawcat_edge.distill.readers import HELDOUT_SHARE, ChatForm, Part, expand, read_parts
 from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.runtime.files import read_json
 
@@ -93,7 +93,7 @@ def tokenise_corpus(
     tokenizer: tokenizers.Tokenizer,
     out: str | Path,
     heldout_share: float = HELDOUT_SHARE,
-    chat_template: str | None = None,
+    chat_template: ChatForm | None = None,
 ) -> dict[str, Any]:
     """Tokenise ``files`` (as for ``token_sequences``) once into ``out`` (``NAME.bin``) and its sidecar.
 

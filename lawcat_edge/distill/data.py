@@ -20,7 +20,7 @@ import tokenizers
 
 from lawcat_edge.distill.corpus import start_ids, tokenise_corpus, tokenizer_fingerprint
 from lawcat_edge.distill.packing import TextFiles, TokenFiles, open_source
-from lawcat_edge.distill.readers import HELDOUT_SHARE, SPLITS, expand
+from lawcat_edge.distill.readers import HELDOUT_SHARE, SPLITS, ChatForm, expand
 from lawcat_edge.runtime.errors import LawcatError
 
 __all__ = [
@@ -121,7 +121,7 @@ def sequences(
     teacher: TeacherText | None = None,
     answer_weight: float = 1.0,
     heldout_share: float = HELDOUT_SHARE,
-    chat_template: str | None = None,
+    chat_template: ChatForm | None = None,
 ) -> Iterator[Sequence]:
     """Sequences start ≤ i, i mod world = rank, of the numbered row (see the module).
 
@@ -129,6 +129,7 @@ def sequences(
     for a mix that needs no prose. split: ``train`` and ``all`` go round for ever unless ``epochs`` bounds
     the passes over the text; ``heldout`` makes one pass, in order. teacher: for the task ``teacher``.
     answer_weight: the loss weight of the answer's tokens in generated tasks (1: no weights are given).
+    chat_template: the teacher's, for documents that are lists of messages.
     Arguments are checked at once, data as it is read; both raise LawcatError.
     """
     shares = parse_mix(mix)

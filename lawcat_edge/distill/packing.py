@@ -10,7 +10,7 @@ import numpy as np
 import tokenizers
 
 from lawcat_edge.distill.corpus import ARRAY_SUFFIXES, TokenArray, encode_parts, separator_ids, start_ids
-from lawcat_edge.distill.readers import SPLITS, Part, read_parts
+from lawcat_edge.distill.readers import SPLITS, ChatForm, Part, read_parts
 from lawcat_edge.runtime.errors import LawcatError
 
 OPEN_FILES = 8
@@ -27,7 +27,7 @@ def open_source(
     seed: int,
     split: str,
     heldout_share: float,
-    chat_template: str | None,
+    chat_template: ChatForm | None,
 ) -> TextFiles | TokenFiles:
     arrays = [path for path in paths if Path(path).suffix in ARRAY_SUFFIXES]
     if arrays and len(arrays) != len(paths):
@@ -62,7 +62,7 @@ class TextFiles:
         seed: int,
         split: str,
         heldout_share: float,
-        chat_template: str | None,
+        chat_template: ChatForm | None,
     ) -> None:
         self.paths, self.tokenizer, self.seq_len, self.seed, self.split = (
             paths,

@@ -13,10 +13,12 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from lawcat_edge.runtime.errors import LawcatError
+from lawcat_edge.runtime.template import ChatTemplate
 
 CHUNK = 1 << 16
 """Characters read at a time."""
@@ -38,6 +40,25 @@ class Part:
     text: str
     last: bool
     heldout: bool
+
+
+@dataclass(frozen=True)
+class ChatForm:
+    """How a teacher writes conversations: the source of its chat template, and its end token.
+
+    It is compiled at the first conversation, so that a template beyond our means matters to no other data. It
+    writes no start token: packing puts one before every document.
+    """
+
+    source: str
+    end: str = ""
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        return ChatTemplate(self.source, eos=self.end)
+
+    def write(self, messages: list[dict[str, Any]]) -> str:
+        return self.template.render(messages, add_generation_prompt=False)
 
 
 def is_heldout(start_of_document: str, share: float = HELDOUT_SHARE) -> bool:
@@ -123,9 +144,8 @@ def _split_long(text: str) -> Iterator[tuple[str, bool]]:
     yield text, True
 
 
-def render_messages(messages: Any, template: str | None, where: str) -> str:
-    """The text of a chat: through the tokenizer's jinja template, or as ``role: content`` lines without
-    one."""
+def render_messages(messages: Any, template: ChatForm | None, where: str) -> str:
+    """The text of a chat: through the teacher's template, or as ``role: content`` lines without one."""
     valid = isinstance(messages, list) and all(
         isinstance(item, dict) and isinstance(item.get("role"), str) and isinstance(item.get("content"), str)
         for item in messages
@@ -136,15 +156,16 @@ def render_messages(messages: Any, template: str | None, where: str) -> str:
         )
     if template is None:
         return "\n".join(f"{item['role']}: {item['content']}" for item in messages)
-    from lawcat_edge.runtime.template import ChatTemplate
-
     try:
-        return ChatTemplate(template).render(messages, add_generation_prompt=False)
+        return template.write(messages)
     except LawcatError as error:
-        raise LawcatError(f"{where}: {error}") from None
+        reason = str(error).removesuffix(".").removesuffix("; export the bundle again")
+        raise LawcatError(
+            f'{where} does not fit the teacher\'s chat template ({reason}); change it, or give it as "text".'
+        ) from error
 
 
-def _text_of(record: Any, template: str | None, where: str) -> str:
+def _text_of(record: Any, template: ChatForm | None, where: str) -> str:
     if isinstance(record, dict):
         if isinstance(record.get("text"), str):
             return record["text"]
@@ -153,7 +174,7 @@ def _text_of(record: Any, template: str | None, where: str) -> str:
     raise LawcatError(f'{where} has neither a string "text" nor a list "messages".')
 
 
-def _jsonl(path: str, template: str | None) -> Iterator[str]:
+def _jsonl(path: str, template: ChatForm | None) -> Iterator[str]:
     try:
         with open(path, encoding="utf-8", errors="strict") as file:
             number = 0
@@ -176,7 +197,7 @@ def _jsonl(path: str, template: str | None) -> Iterator[str]:
         ) from None
 
 
-def _parquet(path: str, template: str | None) -> Iterator[str]:
+def _parquet(path: str, template: ChatForm | None) -> Iterator[str]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -196,7 +217,7 @@ def _parquet(path: str, template: str | None) -> Iterator[str]:
         raise LawcatError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}") from None
 
 
-def _hub(source: str, template: str | None) -> Iterator[str]:
+def _hub(source: str, template: ChatForm | None) -> Iterator[str]:
     try:
         import datasets
     except ImportError:
@@ -221,11 +242,12 @@ def read_parts(
     source: str,
     split: str = "all",
     heldout_share: float = HELDOUT_SHARE,
-    chat_template: str | None = None,
+    chat_template: ChatForm | None = None,
 ) -> Iterator[Part]:
     """The documents of one source in order, as parts of at most about PART characters.
 
     source: a path or ``hub:...`` as ``expand`` returns it. split: ``train``, ``heldout`` or ``all``.
+    chat_template: how ``messages`` become text; None writes ``role: content`` lines.
     """
     assert split in SPLITS, split
     suffix = Path(source).suffix.lower()

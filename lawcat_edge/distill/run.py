@@ -18,6 +18,7 @@ from lawcat_edge.config import LawcatConfig
 from lawcat_edge.distill.checkpoint import collect, read_progress
 from lawcat_edge.distill.data import Sequence, parse_mix, sequences
 from lawcat_edge.distill.parallel import one_fate, open_accelerator, sharded
+from lawcat_edge.distill.readers import ChatForm
 from lawcat_edge.distill.sample import ensure_samples, teacher_text
 from lawcat_edge.distill.settings import DistillSettings
 from lawcat_edge.distill.steps import FinetuneStep, TransferStep
@@ -99,6 +100,8 @@ def _run(
     if not sharded(accelerator):  # shards go to the device one by one: all of a large teacher may not fit
         model.to(accelerator.device)
     tokenizer = load_tokenizer(read_bytes(teacher.tokenizer_path, MAX_TOKENIZER), str(teacher.tokenizer_path))
+    written = teacher.chat_template()
+    template = ChatForm(*written) if written else None
     facts = {
         "settings": {k: v for k, v in settings.to_dict().items() if k not in _FREE},
         "teacher_sha256": teacher.sha256,
@@ -110,7 +113,7 @@ def _run(
     done = read_progress(checkpoint, facts) if resume else None
     backend = choose(settings.backend, next(model.parameters()))
     if data:  # a bad file is found now, before an earlier run's folder gives way to this one
-        next(sequences(data, tokenizer, settings.seq_len, settings.seed), None)
+        next(sequences(data, tokenizer, settings.seq_len, settings.seed, chat_template=template), None)
     if done is None and accelerator.is_main_process:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -186,6 +189,7 @@ def _run(
                 start=start,
                 answer_weight=settings.answer_weight,
                 teacher=own_text,
+                chat_template=template,
             )
 
         if stage_run.progress.step < stage_run.steps:
