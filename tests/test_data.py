@@ -3,17 +3,26 @@
 import json
 import sys
 import tracemalloc
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 from evaluation_toys import prose, toy_tokenizer
 
 from lawcat_edge.distill import corpus as corpora
-from lawcat_edge.distill import data, packing, readers
-from lawcat_edge.distill.corpus import TokenArray, separator_ids, sidecar_path
-from lawcat_edge.distill.data import parse_mix, sequences, token_sequences, tokenise_corpus
+from lawcat_edge.distill import packing, readers
+from lawcat_edge.distill.corpus import (
+    TokenArray,
+    separator_ids,
+    sidecar_path,
+    tokenise_corpus,
+    tokenizer_fingerprint,
+)
+from lawcat_edge.distill.data import parse_mix, sequences
 from lawcat_edge.distill.packing import permuted
 from lawcat_edge.distill.readers import ChatForm, Part, expand, read_parts
 from lawcat_edge.runtime.errors import LawcatError
@@ -27,6 +36,10 @@ def corpus(tmp_path: Path) -> Path:
     path = tmp_path / "corpus.txt"
     path.write_text("\n\f\n".join(documents), encoding="utf-8")
     return path
+
+
+def token_sequences(*arguments: Any, **options: Any) -> Iterator[np.ndarray]:
+    return (row.ids for row in sequences(*arguments, **options))
 
 
 def texts(path: Path, **options: object) -> list[str]:
@@ -91,6 +104,40 @@ def test_jsonl_parquet_and_messages_give_the_same_documents(tmp_path: Path) -> N
     assert texts(tmp_path / "a.jsonl", chat_template=broken) == ["first text", "second text"]
     with pytest.raises(LawcatError, match="not valid"):
         texts(tmp_path / "c.jsonl", chat_template=broken)
+
+
+class FakeHub(ModuleType):
+    """The package datasets, as far as it is used."""
+
+    __version__ = "4.1.0"
+
+    def load_dataset(self, *arguments: Any, **options: Any) -> Iterator[dict[str, Any]]:
+        assert arguments == ("owner/name", "small")
+        assert options == {"split": "test", "streaming": True}
+        return iter([{"text": "one", "id": 1}, {"messages": [{"role": "user", "content": "Hi"}]}, {"id": 3}])
+
+
+def test_hub_datasets_are_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = FakeHub("datasets")
+    monkeypatch.setitem(sys.modules, "datasets", hub)
+    parts = read_parts("hub:owner/name,small,test")
+    assert [next(parts).text, next(parts).text] == ["one", "user: Hi"]
+    with pytest.raises(LawcatError, match=r"hub:owner/name,small,test row 3 has neither"):
+        next(parts)
+    monkeypatch.setattr(hub, "__version__", "2.19.0", raising=False)
+    with pytest.raises(LawcatError, match="too old"):
+        next(read_parts("hub:owner/name,small,test"))
+
+
+def test_hub_datasets_through_the_real_package(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    rows = [{"text": f"Document {i}."} for i in range(100)]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    (tmp_path / "test.jsonl").write_text(json.dumps({"text": "other"}), encoding="utf-8")
+    assert [part.text for part in read_parts(f"hub:{tmp_path}")] == [row["text"] for row in rows]
+    assert [part.text for part in read_parts(f"hub:{tmp_path},default,test")] == ["other"]
+    with pytest.raises(LawcatError, match="cannot be opened"):
+        next(read_parts(f"hub:{tmp_path},default,none"))
 
 
 def test_globs_expand_in_order(tmp_path: Path) -> None:
@@ -213,7 +260,7 @@ def test_tokenised_epoch_is_a_permutation_with_a_fresh_cut(tmp_path: Path) -> No
     ids = np.arange(1000) % 300
     np.save(path, ids.astype(np.uint16))
     note = {"format": 1, "dtype": "uint16", "tokens": 1000, "train_tokens": 1000}
-    note["tokenizer_sha256"] = data.tokenizer_fingerprint(tokenizer)
+    note["tokenizer_sha256"] = tokenizer_fingerprint(tokenizer)
     sidecar_path(path).write_text(json.dumps(note), encoding="utf-8")
     rows = list(token_sequences([path], tokenizer, 100, seed=0, epochs=2))
     assert len(rows) == 18

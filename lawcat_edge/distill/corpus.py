@@ -95,7 +95,7 @@ def tokenise_corpus(
     heldout_share: float = HELDOUT_SHARE,
     chat_template: ChatForm | None = None,
 ) -> dict[str, Any]:
-    """Tokenise ``files`` (as for ``token_sequences``) once into ``out`` (``NAME.bin``) and its sidecar.
+    """Tokenise ``files`` (as for ``sequences``) once into ``out`` (``NAME.bin``) and its sidecar.
 
     Returns the sidecar. Memory stays bounded; the disk needs twice the result for a moment. Raises
     LawcatError for data without usable text.

@@ -18,20 +18,9 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 
-from lawcat_edge.distill.corpus import start_ids, tokenise_corpus, tokenizer_fingerprint
 from lawcat_edge.distill.packing import TextFiles, TokenFiles, open_source
 from lawcat_edge.distill.readers import HELDOUT_SHARE, SPLITS, ChatForm, expand
 from lawcat_edge.runtime.errors import LawcatError
-
-__all__ = [
-    "Sequence",
-    "parse_mix",
-    "sequences",
-    "start_ids",
-    "token_sequences",
-    "tokenise_corpus",
-    "tokenizer_fingerprint",
-]
 
 TASKS = ("text", "teacher", "passkey", "niah-1", "niah-2", "niah-3", "babilong-qa2", "babilong-qa3")
 _BLOCK = 4096
@@ -88,22 +77,6 @@ def parse_mix(mix: str | Mapping[str, float] | None) -> dict[str, float]:
     if abs(total - 1) > 1e-6:
         raise LawcatError(f"The shares of the task mix add up to {total:g}; make them add up to 1.")
     return shares
-
-
-def token_sequences(
-    sources: Rows[str | Path],
-    tokenizer: tokenizers.Tokenizer,
-    seq_len: int,
-    seed: int,
-    rank: int = 0,
-    world: int = 1,
-    mix: str | Mapping[str, float] | None = None,
-    split: str = "train",
-    **options: object,
-) -> Iterator[np.ndarray]:
-    """The ids alone of ``sequences``: int32 [seq_len] each."""
-    rows = sequences(sources, tokenizer, seq_len, seed, rank, world, mix, split, **options)  # type: ignore[arg-type]
-    return (row.ids for row in rows)
 
 
 def sequences(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import tokenizers
@@ -13,6 +14,7 @@ from lawcat_edge.distill.corpus import ARRAY_SUFFIXES, TokenArray, encode_parts,
 from lawcat_edge.distill.readers import SPLITS, ChatForm, Part, read_parts
 from lawcat_edge.runtime.errors import LawcatError
 
+T = TypeVar("T")
 OPEN_FILES = 8
 SHUFFLE_CHARACTERS = 1 << 25
 """Text held for shuffling (32 M characters): the bound of the reader's memory."""
@@ -47,6 +49,13 @@ def _no_text(split: str, seq_len: int) -> LawcatError:
     return LawcatError(
         f"The data holds no usable text for one sequence of {seq_len} tokens; give more or longer text."
     )
+
+
+def _draw(held: list[T], rng: np.random.Generator) -> T:
+    """Take one at random out of a shuffle buffer, in constant time."""
+    k = int(rng.integers(len(held)))
+    held[k], held[-1] = held[-1], held[k]
+    return held.pop()
 
 
 class TextFiles:
@@ -84,11 +93,6 @@ class TextFiles:
         held: list[Part] = []
         size = 0
 
-        def take() -> Part:
-            k = int(rng.integers(len(held)))
-            held[k], held[-1] = held[-1], held[k]
-            return held.pop()
-
         while streams:
             k = int(rng.integers(len(streams)))
             part = next(streams[k], None)
@@ -100,11 +104,11 @@ class TextFiles:
             held.append(part)
             size += len(part.text)
             while size > SHUFFLE_CHARACTERS:
-                part = take()
+                part = _draw(held, rng)
                 size -= len(part.text)
                 yield part
         while held:
-            yield take()
+            yield _draw(held, rng)
 
     def sequences(self, first: int, epochs: int | None) -> Iterator[np.ndarray]:
         """int32 [seq_len] from the ``first`` sequence on."""
@@ -117,11 +121,9 @@ class TextFiles:
         for ids in packed:
             held.append(ids)
             if len(held) > SHUFFLE_SEQUENCES:
-                k = int(rng.integers(len(held)))
-                held[k], held[-1] = held[-1], held[k]
-                yield held.pop()
-        for k in rng.permutation(len(held)):
-            yield held[k]
+                yield _draw(held, rng)
+        while held:
+            yield _draw(held, rng)
 
     def _pack(self, epochs: int | None) -> Iterator[np.ndarray]:
         prefix = np.asarray(start_ids(self.tokenizer), np.int32)

@@ -224,6 +224,8 @@ def _hub(source: str, template: ChatForm | None) -> Iterator[str]:
         raise LawcatError(
             f"{source} needs the package datasets; pip install datasets, or give local files."
         ) from None
+    if int(datasets.__version__.split(".")[0]) < 4:  # older ones run code that comes with a dataset
+        raise LawcatError(f"datasets {datasets.__version__} is too old for {source}; take 4 or newer.")
     name, *rest = source.removeprefix("hub:").split(",")
     config = rest[0] if rest and rest[0] else None
     split = rest[1] if len(rest) > 1 else "train"
