@@ -22,11 +22,9 @@ from pathlib import Path
 import tokenizers
 
 from lawcat_edge.distill.data import sequences
+from lawcat_edge.evaluate.words import ADJECTIVES, NOUNS
 
-WORDS = [
-    "".join(random.Random(k).choices("abcdefghijklmnopqrstuvwxyz", k=random.Random(k).randint(1, 10)))
-    for k in range(20_000)
-]
+WORDS = (*ADJECTIVES, *NOUNS)
 
 
 def write_text(path: Path, megabytes: int) -> None:

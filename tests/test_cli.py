@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import importlib.util
+import inspect
 import json
 import os
 import signal
@@ -18,6 +20,8 @@ import typer
 from tiny_teacher import make_teacher, write_corpus
 
 from lawcat_edge import __version__, cli
+from lawcat_edge.commands.distill import distill as distill_command
+from lawcat_edge.distill.settings import DistillSettings
 from lawcat_edge.runtime.errors import CheckFailed, LawcatError
 
 COMMANDS = [name for name in cli.COMMANDS if importlib.util.find_spec(f"lawcat_edge.commands.{name}")]
@@ -249,6 +253,12 @@ def test_bad_data_do_not_cost_an_earlier_run_its_checkpoint(base: Path, tmp_path
     assert (checkpoint / "state.json").is_file()
 
 
+def test_every_setting_of_a_distillation_is_an_option() -> None:
+    options = inspect.signature(distill_command).parameters
+    missing = {field.name for field in dataclasses.fields(DistillSettings)} - set(options)
+    assert not missing
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -261,6 +271,7 @@ def test_bad_data_do_not_cost_an_earlier_run_its_checkpoint(base: Path, tmp_path
         (["--stage", "third"], "stage"),
         (["--stage", "finetune"], "--start-from"),
         (["--task-mix", "poetry:1"], "poetry"),
+        (["--task-mix", "text:0.7,passkey:0.2"], "add up to 0.9"),
         (["--backend", "cuda"], "backend"),
         (["--resume"], "no checkpoint"),
         (["--start-from", "nowhere"], "nowhere is no adapter"),

@@ -91,6 +91,8 @@ def test_resume_refuses_other_settings(folder):
     run(folder, "other", SMALL)
     with pytest.raises(LawcatError, match="lr_lora"):
         run(folder, "other", SMALL.with_changes({"lr_lora": 0.5}), resume=True)
+    with pytest.raises(LawcatError, match="took 1 sequences a step, this run would take 2; set --batch-size"):
+        run(folder, "other", SMALL.with_changes({"batch_size": 2}), resume=True)
     with pytest.raises(LawcatError, match="no checkpoint"):
         run(folder, "never", SMALL, resume=True)
 

@@ -32,19 +32,36 @@ def distill(
         bool | None, typer.Option("--rope/--no-rope", help="Rotary in the linear branch.")
     ] = None,
     feature_dim: Annotated[int | None, typer.Option(help="Feature width f; 0: half the head width.")] = None,
+    conv_kernel: Annotated[int | None, typer.Option(help="Taps of the convolution on q and k.")] = None,
     task_mix: Annotated[str | None, typer.Option(help='Shares, as in "text:0.7,passkey:0.3".')] = None,
+    teacher_tokens: Annotated[
+        int | None, typer.Option(help="Tokens to sample from the teacher, if the mix has a share of it.")
+    ] = None,
+    answer_weight: Annotated[
+        float | None, typer.Option(help="Weight of answers in the cross-entropy of generated tasks.")
+    ] = None,
     lr_transfer: Annotated[float | None, typer.Option(help="Learning rate of attention transfer.")] = None,
     lr_lora: Annotated[float | None, typer.Option(help="Learning rate of the low-rank updates.")] = None,
     lr_new: Annotated[
         float | None, typer.Option(help="Rate of the new parameters while fine-tuning.")
     ] = None,
+    warmup: Annotated[
+        float | None, typer.Option(help="Share of a stage in which the rate rises; then a cosine.")
+    ] = None,
+    clip: Annotated[float | None, typer.Option(help="Largest norm of a gradient; 0: any.")] = None,
     lora_rank: Annotated[int | None, typer.Option(help="Rank of the low-rank updates.")] = None,
+    lora_alpha: Annotated[float | None, typer.Option(help="Their scale, divided by the rank.")] = None,
     kl_weight: Annotated[float | None, typer.Option(help="Weight of KL to the teacher.")] = None,
     ce_weight: Annotated[float | None, typer.Option(help="Weight of next-token cross-entropy.")] = None,
     precision: Annotated[str | None, typer.Option(help="auto, fp32 or bf16.")] = None,
     backend: Annotated[str | None, typer.Option(help="auto, triton or torch.")] = None,
+    compile: Annotated[
+        bool | None, typer.Option("--compile/--no-compile", help="torch.compile what it can (GPU).")
+    ] = None,
+    checkpoint_every: Annotated[int | None, typer.Option(help="Steps between two checkpoints.")] = None,
+    checkpoint_seconds: Annotated[int | None, typer.Option(help="Longest time between two.")] = None,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Any other setting, NAME=VALUE; repeatable.")
+        list[str] | None, typer.Option("--set", help="Any setting by name, NAME=VALUE; repeatable.")
     ] = None,
     start_from: Annotated[Path | None, typer.Option(help="Adapter to go on from.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
@@ -68,6 +85,7 @@ def distill(
     given = dict(locals())
     from lawcat_edge.adapter import Adapter
     from lawcat_edge.commands.progress import training_progress
+    from lawcat_edge.distill.data import parse_mix
     from lawcat_edge.distill.parallel import is_main_process
     from lawcat_edge.distill.run import distill as run
     from lawcat_edge.distill.settings import DistillSettings, load_recipe
@@ -83,6 +101,7 @@ def distill(
         changes = {"finetune_seq_len": seq_len, **changes}
     changes |= _parsed(set_ or [], settings.to_dict())
     settings = settings.with_changes(changes)
+    parse_mix(settings.task_mix)  # before the teacher is loaded
     base = Adapter.load(start_from) if start_from else None
     if not data and "text" in settings.task_mix:
         raise LawcatError("There is nothing to train on; give --data FILES, or a --task-mix without text.")
