@@ -18,7 +18,8 @@ import numpy as np
 import onnx_ir as ir
 
 from lawcat_edge.config import LawcatConfig
-from lawcat_edge.export.extras import copy_tokenizer, genai_config, token_ids
+from lawcat_edge.export import genai
+from lawcat_edge.export.extras import copy_tokenizer, token_ids
 from lawcat_edge.export.flavours import rewrite
 from lawcat_edge.export.layout import Layout
 from lawcat_edge.export.schemes import Scheme, load_scheme
@@ -91,7 +92,12 @@ def export_bundle(
         nodes = _write_graphs(layout, staging, stored, ops)
         copy_tokenizer(Path(tokenizer_files), staging)
         tokens = token_ids(Path(tokenizer_files))
-        write_json(staging / "genai_config.json", genai_config(geometry, config, tokens))
+        graphs = {flavour: graph_files(flavour) for flavour in ops}
+        best = genai_flavour(ops)
+        if genai.needs_own_graph(config):
+            graphs[best]["genai"] = genai.GRAPH
+        file = graphs[best].get("genai", graphs[best]["last"])
+        write_json(staging / "genai_config.json", genai.genai_config(geometry, config, tokens, file))
         (staging / JOURNAL).rename(staging.with_name(f".{out.name}.journal"))
         manifest = Manifest(
             name=name or out.name,
@@ -101,7 +107,7 @@ def export_bundle(
             geometry=geometry.to_dict(),
             scheme=scheme.name,
             ops=list(ops),
-            graphs={flavour: graph_files(flavour) for flavour in ops},
+            graphs=graphs,
             state=expected_state(geometry.to_dict(), config.to_dict()),
             tokens=tokens,
             min_onnxruntime={op: MIN_ONNXRUNTIME[op] for op in ops},
@@ -170,7 +176,16 @@ def _write_graphs(
         if kind == "last" and "portable" in ops:
             for name, tokens in (("step", 1), ("chunk", CHUNK)):
                 ir.save(rewrite(model, "portable", tensors, tokens), folder / graph_files("portable")[name])
+        if kind == "last" and genai.needs_own_graph(layout.config):
+            best = genai_flavour(ops)
+            variant = model if best == "ort" else rewrite(model, best, tensors)
+            ir.save(genai.adapt(variant, layout.geometry, layout.config), folder / genai.GRAPH)
     return counts
+
+
+def genai_flavour(ops: Sequence[str]) -> str:
+    """The flavour that onnxruntime-genai gets."""
+    return next(op for op in ("ort", "portable", "onnx") if op in ops)
 
 
 def graph_files(flavour: str) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The files of a bundle beside the graphs: tokenizer, generation settings, genai_config.json."""
+"""The files of a bundle beside the graphs: tokenizer and generation settings."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from lawcat_edge.config import LawcatConfig
-from lawcat_edge.families import Geometry
 from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.runtime.files import read_json, write_json, write_text
 
@@ -19,6 +17,8 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
+    if not (target / "tokenizer_config.json").is_file():  # onnxruntime-genai does not start without one
+        write_json(target / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
     if not (target / "chat_template.jinja").is_file():
         template = _optional(source / "tokenizer_config.json").get("chat_template")
         if isinstance(template, str):
@@ -44,45 +44,6 @@ def token_ids(source: Path) -> dict[str, Any]:
         if eos is not None:
             result["eos"] = [int(t) for t in (eos if isinstance(eos, list) else [eos])]
     return result
-
-
-def genai_config(geometry: Geometry, config: LawcatConfig, tokens: dict[str, Any]) -> dict[str, Any]:
-    """What onnxruntime-genai needs to run model.onnx as it is.
-
-    It has no notion of ``window_fill`` or of rotary inputs, so a bundle with a window or with a rotary linear
-    branch runs in this project's own runner only.
-    """
-    eos = tokens["eos"] or [0]
-    return {
-        "model": {
-            "type": "decoder",
-            "bos_token_id": tokens["bos"] if tokens["bos"] is not None else eos[0],
-            "eos_token_id": eos,
-            "pad_token_id": eos[0],
-            "vocab_size": geometry.vocab_size,
-            "context_length": 1 << 20,
-            "decoder": {
-                "filename": "model.onnx",
-                "session_options": {"log_id": "lawcat-edge", "provider_options": []},
-                "hidden_size": geometry.hidden_size,
-                "num_hidden_layers": geometry.num_layers,
-                "num_attention_heads": geometry.num_heads,
-                "num_key_value_heads": geometry.num_kv_heads,
-                "head_size": geometry.head_dim,
-                "inputs": {
-                    "input_ids": "input_ids",
-                    "past_conv_names": "past_key_values.%d.conv_state",
-                    "past_recurrent_names": "past_key_values.%d.recurrent_state",
-                },
-                "outputs": {
-                    "logits": "logits",
-                    "present_conv_names": "present.%d.conv_state",
-                    "present_recurrent_names": "present.%d.recurrent_state",
-                },
-            },
-        },
-        "search": {"max_length": 8192, "do_sample": False, "past_present_share_buffer": False},
-    }
 
 
 def _optional(path: Path) -> dict[str, Any]:

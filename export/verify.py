@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lawcat_edge.export import genai
 from lawcat_edge.runtime.bundle import Bundle, Parity
 from lawcat_edge.runtime.engine import Engine
 from lawcat_edge.runtime.errors import CheckFailed
@@ -99,6 +100,11 @@ def verify_folder(
                     "this is a bug, please report it."
                 )
         engine.release(kind)
+    if "genai" in engine.bundle.manifest.graphs[engine.flavour]:
+        ends = np.cumsum(pieces) - 1
+        rows = genai.replay(folder / engine.bundle.manifest.graphs[engine.flavour]["genai"], ids, pieces)
+        if not np.abs(rows - got[ends]).max() <= 1e-4 * np.abs(got[ends]).max():
+            raise CheckFailed("The graph for onnxruntime-genai disagrees; this is a bug, please report it.")
     agreement = None
     if reference is not None:
         agreement = compare(reference(ids), got)

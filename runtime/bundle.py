@@ -24,8 +24,9 @@ MANIFEST = "lawcat_bundle.json"
 FORMAT = 1
 OPS = ("ort", "onnx", "portable")
 # The graphs a flavour may have, all over one weights file. last: logits of the last position; all: of every
-# position. step and chunk: as last, with B = 1 and a fixed T, for runtimes without dynamic shapes.
-GRAPHS = ("last", "all", "step", "chunk")
+# position. step and chunk: as last, with B = 1 and a fixed T, for runtimes without dynamic shapes. genai: as
+# last, with the inputs that onnxruntime-genai gives; the runner here does not use it.
+GRAPHS = ("last", "all", "step", "chunk", "genai")
 TOKENIZER = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 GENERATION_CONFIG = "generation_config.json"

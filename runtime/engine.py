@@ -19,11 +19,12 @@ from typing import Any
 import numpy as np
 
 from lawcat_edge.runtime import rotary
-from lawcat_edge.runtime.bundle import GRAPHS, Bundle, StateTensor
+from lawcat_edge.runtime.bundle import Bundle, StateTensor
 from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.runtime.onnx_check import ModelSummary
 
 DEFAULT_CHUNK = 256
+_KINDS = ("last", "all", "step", "chunk")
 _FIXED = ("step", "chunk")
 _IN_PLACE = {"LinearAttention", "CausalConvWithState"}
 
@@ -138,7 +139,7 @@ class Engine:
         self.vocab_size = manifest.vocab_size
         graphs = manifest.graphs[self.flavour]
         self._in_place = [
-            all(_in_place_is_safe(bundle.graphs[name], tensor) for name in graphs.values())
+            all(_in_place_is_safe(bundle.graphs[graphs[kind]], tensor) for kind in self.kinds)
             for tensor in manifest.state
         ]
         self._frequencies = rotary.inverse_frequencies(manifest.geometry) if manifest.rope else None
@@ -148,7 +149,7 @@ class Engine:
     @property
     def kinds(self) -> tuple[str, ...]:
         """The graphs this flavour has: ``last`` and some of ``all``, ``step``, ``chunk``."""
-        return tuple(kind for kind in GRAPHS if kind in self.bundle.manifest.graphs[self.flavour])
+        return tuple(kind for kind in _KINDS if kind in self.bundle.manifest.graphs[self.flavour])
 
     def fixed_tokens(self, kind: str) -> int | None:
         """T of a graph that takes one length only, None for one that takes any."""
@@ -245,7 +246,7 @@ class Engine:
         if kind in self._sessions:
             return self._sessions[kind]
         graphs = self.bundle.manifest.graphs[self.flavour]
-        if kind not in graphs:
+        if kind not in self.kinds:
             raise LawcatError(f"The bundle has no graph for {kind!r} positions; export it again.")
         ort = _onnxruntime(self.bundle.manifest.min_onnxruntime[self.flavour])
         options = ort.SessionOptions()

@@ -51,7 +51,7 @@ def test_every_graph_is_listed_and_replayed(tmp_path: Path) -> None:
     make_bundle(teacher, model, adapter, tmp_path / "b", ops=("ort", "portable"))
     manifest = Bundle.open(tmp_path / "b").manifest
     assert manifest.min_onnxruntime == {"ort": "1.25.1", "portable": "1.17.0"}
-    assert set(manifest.graphs["ort"]) == {"last", "all"}
+    assert set(manifest.graphs["ort"]) == {"last", "all", "genai"}
     assert set(manifest.graphs["portable"]) == {"last", "all", "step", "chunk"}
     listed = {name for graphs in manifest.graphs.values() for name in graphs.values()}
     assert listed == {path.name for path in (tmp_path / "b").glob("*.onnx")}
