@@ -48,7 +48,7 @@ def verify(
         passed("tensors", f"{tensors} tensors of {len(bundle.graphs)} graphs lie within their files")
         Tokenizer(bundle.read(TOKENIZER), manifest.vocab_size)
         if bundle.has(CHAT_TEMPLATE):
-            ChatTemplate(bundle.read(CHAT_TEMPLATE, 1 << 20).decode("utf-8", "strict"))
+            ChatTemplate(_text(bundle))
         passed("text", "tokenizer" + (" and chat template load" if bundle.has(CHAT_TEMPLATE) else " loads"))
         if manifest.parity is None:
             raise CheckFailed(f"{path} records no parity vectors to replay; export it again.")
@@ -63,9 +63,18 @@ def verify(
             )
     except CheckFailed:
         raise
-    except (LawcatError, UnicodeDecodeError) as error:
+    except LawcatError as error:
         raise CheckFailed(str(error)) from error
     return done
+
+
+def _text(bundle: Bundle) -> str:
+    try:
+        return bundle.read(CHAT_TEMPLATE, 1 << 20).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise LawcatError(
+            f"{bundle.folder / CHAT_TEMPLATE} is not UTF-8 text; export the bundle again."
+        ) from error
 
 
 def replay(engine: Engine, parity: Parity) -> float:

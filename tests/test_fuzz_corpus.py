@@ -1,4 +1,4 @@
-"""Every input that a coverage-guided fuzz run kept ends in an answer or in LawcatError (tests/tools/fuzz.py)."""
+"""Every input that a fuzz run (tests/tools/fuzz.py) kept ends in an answer or in LawcatError."""
 
 from __future__ import annotations
 
