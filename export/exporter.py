@@ -31,6 +31,7 @@ from lawcat_edge.families import Geometry
 from lawcat_edge.runtime.bundle import MANIFEST, Manifest, expected_state, write_manifest
 from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.runtime.files import FileLock, atomic_folder, write_json
+from lawcat_edge.runtime.signature import SIGNATURE, sign
 from lawcat_edge.weights import MergedWeights, WeightSource, check_shapes
 
 FLAVOURS = ("ort", "onnx", "portable")
@@ -56,6 +57,7 @@ def export_bundle(
     verify_tokens: Sequence[int] | None = None,
     reference: Reference | None = None,
     progress: Progress | None = None,
+    sign_with: Any | None = None,
 ) -> dict[str, Any]:
     """Write the bundle ``out`` (a folder, replaced as a whole) and return a report.
 
@@ -64,7 +66,7 @@ def export_bundle(
     tokenizer_files: folder with tokenizer.json (and chat template, generation config where there are any).
     source: {"teacher", "teacher_sha256", "adapter_sha256"} for the manifest.
     reference: tokens [T] -> logits [T,V] of the torch student; without it the bundle is only run.
-    progress: called with (what, done, total).
+    progress: called with (what, done, total). sign_with: a key of ``signature.load_private_key``.
 
     Raises CheckFailed when the bundle is further from the reference than the scheme allows, LawcatError for
     what does not fit together. A killed export is taken up again by the next one with the same arguments.
@@ -123,6 +125,9 @@ def export_bundle(
                 )
                 manifest.parity = manifest.parity or parity
             write_manifest(staging, manifest)
+        (staging / SIGNATURE).unlink(missing_ok=True)  # of a killed export
+        if sign_with is not None:
+            sign(staging, MANIFEST, sign_with)
         sizes = {path.name: path.stat().st_size for path in staging.iterdir()}
         with atomic_folder(out, MANIFEST) as final:
             for path in staging.iterdir():

@@ -190,6 +190,9 @@ def _convert_gguf(file: Path, digest: str, target: Path) -> None:
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         Geometry.from_hf(model.config)
+        for name, parameter in model.named_parameters():
+            if not bool(torch.isfinite(parameter).all()):
+                raise LawcatError(f"{file}: {name} holds NaN or infinity; download it again.")
         model.save_pretrained(building)
         tokenizer.save_pretrained(building)
         write_json(building / MARK, {"source": file.name, "sha256": digest})

@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lawcat_edge.runtime import files
+from lawcat_edge.runtime import files, signature
 from lawcat_edge.runtime.errors import CheckFailed, LawcatError
 from lawcat_edge.runtime.onnx_check import MAX_MODEL_BYTES, ModelSummary, check_model
 
@@ -271,10 +271,13 @@ class Bundle:
         self.graphs: dict[str, ModelSummary] = {}
 
     @classmethod
-    def open(cls, path: Path | str, check_hashes: bool = True) -> Bundle:
+    def open(
+        cls, path: Path | str, check_hashes: bool = True, public_key: Path | str | None = None
+    ) -> Bundle:
         """Open the bundle in folder `path`.
 
         check_hashes: compare every file's sha256 too (sizes, names and tensor positions are always checked).
+        public_key: PEM file of the maker's key; the manifest must be signed with it (see ``signature``).
         Raises LawcatError for what is no bundle, CheckFailed for a file that is not as recorded.
         """
         folder = Path(path)
@@ -285,6 +288,8 @@ class Bundle:
                 f"{folder} is not a bundle (it has no {MANIFEST}); make one with `lawcat-edge export`."
             )
         data = files.read_bytes(files.member_path(folder, MANIFEST), files.MAX_JSON_BYTES)
+        if public_key is not None:
+            signature.check(folder, data, public_key)
         manifest = Manifest.from_dict(files.parse_json(data, str(folder / MANIFEST)))
         bundle = cls(folder, manifest, hashlib.sha256(data).hexdigest())
         bundle._check_files(check_hashes)
@@ -369,7 +374,8 @@ def write_manifest(folder: Path | str, manifest: Manifest, names: Iterable[str] 
     """Describe the files of `folder` (all, or `names`), check the manifest as a reader would, write it."""
     folder = Path(folder)
     if names is None:
-        names = [p.name for p in folder.iterdir() if p.name != MANIFEST and not p.name.startswith(".")]
+        apart = (MANIFEST, signature.SIGNATURE)
+        names = [p.name for p in folder.iterdir() if p.name not in apart and not p.name.startswith(".")]
     manifest.files = describe_files(folder, names)
     checked = Manifest.from_dict(manifest.to_dict())
     files.write_json(folder / MANIFEST, checked.to_dict())

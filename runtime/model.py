@@ -81,13 +81,15 @@ class Model:
         check_hashes: bool = True,
         flavour: str | None = None,
         chunk: int = DEFAULT_CHUNK,
+        public_key: Path | str | None = None,
     ) -> Model:
         """Open the bundle in folder `path`.
 
         threads: default, the physical cores. chunk: tokens of a prompt read at once (memory grows with it).
+        public_key: PEM file of the key that the bundle must be signed with; default: not asked.
         Raises LawcatError with what to do if the bundle is damaged or cannot run here.
         """
-        bundle = Bundle.open(path, check_hashes=check_hashes)
+        bundle = Bundle.open(path, check_hashes=check_hashes, public_key=public_key)
         return cls(bundle, Engine(bundle, threads=threads, flavour=flavour, chunk=chunk))
 
     def new_context(self) -> Context:

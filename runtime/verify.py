@@ -24,12 +24,15 @@ class Check:
 
 
 def verify(
-    path: Path | str, threads: int | None = None, report: Callable[[Check], None] | None = None
+    path: Path | str,
+    threads: int | None = None,
+    report: Callable[[Check], None] | None = None,
+    public_key: Path | str | None = None,
 ) -> list[Check]:
     """Check hashes, sizes, tensors, tokenizer and template; load every graph; replay the parity vectors.
 
     Returns what was checked; each is also given to `report` as it passes. Raises CheckFailed with the first
-    reason (LawcatError when `path` is no bundle at all).
+    reason (LawcatError when `path` is no bundle at all). public_key: the bundle must be signed with it.
     """
     done: list[Check] = []
 
@@ -41,8 +44,10 @@ def verify(
     if not Path(path).is_dir():
         raise LawcatError(f"There is no bundle folder {path}; make one with `lawcat-edge export`.")
     try:
-        bundle = Bundle.open(path)
+        bundle = Bundle.open(path, public_key=public_key)
         manifest = bundle.manifest
+        if public_key is not None:
+            passed("signature", f"the manifest is signed with {public_key}")
         passed("files", f"{len(manifest.files)} files, {bundle.bytes_on_disk:,} bytes, sha256 as recorded")
         tensors = sum(graph.tensors for graph in bundle.graphs.values())
         passed("tensors", f"{tensors} tensors of {len(bundle.graphs)} graphs lie within their files")

@@ -20,6 +20,9 @@ def export(
     ops: Annotated[str, typer.Option(help="Operators, one or several: ort,onnx,portable.")] = "ort",
     name: Annotated[str | None, typer.Option(help="Name in the manifest; default: the folder's.")] = None,
     verify: Annotated[bool, typer.Option(help="Replay tokens in onnxruntime against torch.")] = True,
+    sign: Annotated[
+        Path | None, typer.Option(help="Sign the manifest with this Ed25519 key (PEM; extra sign).")
+    ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Write the bundle of TEACHER with an adapter: graphs, weights, tokenizer, manifest.
@@ -37,9 +40,11 @@ def export(
     from lawcat_edge.config import LawcatConfig
     from lawcat_edge.export.exporter import export_bundle
     from lawcat_edge.export.schemes import load_scheme
+    from lawcat_edge.runtime.signature import load_private_key
     from lawcat_edge.teacher import resolve
 
     table = load_scheme(scheme)  # before the slow steps
+    key = load_private_key(sign) if sign is not None else None
     source = resolve(teacher)
     loaded = Adapter.load(adapter) if adapter is not None else None
     if loaded is not None:
@@ -66,6 +71,7 @@ def export(
         verify=verify,
         reference=_reference(source, loaded) if verify and loaded is not None else None,
         progress=_progress,
+        sign_with=key,
     )
     if json_:
         print(json.dumps(report))

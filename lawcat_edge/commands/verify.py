@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -13,6 +14,9 @@ from lawcat_edge.runtime.errors import CheckFailed
 def verify(
     model: Annotated[str, typer.Argument(help="Bundle folder.")],
     threads: Annotated[int | None, typer.Option(help="Processor threads; default: physical cores.")] = None,
+    public_key: Annotated[
+        Path | None, typer.Option(help="PEM file: the bundle must be signed with its private key.")
+    ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Check hashes, sizes and shapes of MODEL, load it, and replay its recorded logits.
@@ -24,6 +28,8 @@ def verify(
       lawcat-edge verify bundle
 
       lawcat-edge verify bundle --json
+
+      lawcat-edge verify bundle --public-key maker.pub
     """
     from lawcat_edge.runtime.verify import Check
     from lawcat_edge.runtime.verify import verify as check_bundle
@@ -36,7 +42,7 @@ def verify(
             print(f"ok  {check.name}: {check.detail}")
 
     try:
-        check_bundle(model, threads=threads, report=report)
+        check_bundle(model, threads=threads, report=report, public_key=public_key)
     except CheckFailed as error:
         if json_:
             print(json.dumps({"model": model, "ok": False, "reason": str(error), "checks": passed}))
