@@ -1,11 +1,12 @@
-"""Signed bundles: who made this one? Off by default; needs the package cryptography (extra ``sign``).
+r"""Signed bundles: who made this one? Off by default; needs the package cryptography (extra ``sign``).
 
 ``lawcat_bundle.json.sig`` holds the Ed25519 signature (RFC 8032, 64 bytes) of the manifest's bytes. The
 manifest holds the sha256 of every other file, so the signature stands for the whole bundle. Keys are PEM:
 
     openssl genpkey -algorithm ed25519 -out key.pem
     openssl pkey -in key.pem -pubout -out key.pub
-    openssl pkeyutl -verify -pubin -inkey key.pub -rawin -in lawcat_bundle.json -sigfile lawcat_bundle.json.sig
+    openssl pkeyutl -verify -pubin -inkey key.pub -rawin \
+        -in lawcat_bundle.json -sigfile lawcat_bundle.json.sig
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ def test_every_other_key_signature_and_manifest_fails(
     assert len(good) == 64
     for bad in (b"", good[:-1], good[:-1] + bytes([good[-1] ^ 1]), bytes(64), good + b"x"):
         file.write_bytes(bad)
-        with pytest.raises(LawcatError, match="signature|larger than 64"):
+        with pytest.raises(LawcatError, match=r"signature|larger than 64"):
             Bundle.open(bundle, public_key=public)
     file.write_bytes(good)
     Bundle.open(bundle, public_key=public)

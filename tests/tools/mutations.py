@@ -487,7 +487,9 @@ KINDS = {
     "bundle": Kind(make_bundle, use_bundle, names=_of_bundle),
     "adapter": Kind(make_adapter, use_adapter),
     "snapshot": Kind(make_snapshot, use_snapshot, alone=True, names=lambda said: "not finite" in said),
-    "safetensors": Kind(make_safetensors, use_teacher, hashed=False),
+    "safetensors": Kind(
+        make_safetensors, use_teacher, hashed=False, names=lambda said: ".safetensors" in said
+    ),
     "gguf": Kind(make_gguf, use_gguf, hashed=False),
     "ranges": Kind(make_ranges, use_ranges, hashed=False),
 }
