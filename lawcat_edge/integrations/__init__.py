@@ -1,0 +1,1 @@
+"""Where this project meets other people's tools: transformers pipelines and the optimum command line."""

@@ -1,0 +1,46 @@
+"""Adds ``lawcat`` to ``optimum-cli export``. Installed as optimum/commands/register/register_lawcat.py.
+
+optimum imports every file of that namespace when its command line starts, so this one imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser
+from typing import Any
+
+from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
+from optimum.commands.export.base import ExportCommand
+
+
+class LawcatExportCommand(BaseOptimumCLICommand):
+    """``optimum-cli export lawcat``: what ``lawcat-edge export`` does, under optimum's names."""
+
+    COMMAND = CommandInfo(name="lawcat", help="A teacher and a LAWCAT adapter become a bundle (lawcat-edge).")
+
+    @staticmethod
+    def parse_args(parser: ArgumentParser) -> None:
+        add: Any = parser.add_argument
+        add("-m", "--model", required=True, help="Teacher: a folder, a GGUF file, a hub id, or smollm2.")
+        add("--adapter", help="Adapter folder of lawcat-edge; without it, an untrained conversion.")
+        add("--scheme", default="int8", help="fp32, int8, int8-dynamic, int4, or a JSON file.")
+        add("--ops", default="ort", help="Operators, one or several: ort,onnx,portable.")
+        add("--no-verify", action="store_true", help="Do not replay tokens in onnxruntime against torch.")
+        add("output", help="Bundle folder to write; an old bundle there is replaced.")
+
+    def run(self) -> None:
+        from lawcat_edge.cli import run
+
+        given: Any = self.args
+        arguments = ["export", given.model, "--out", given.output, "--scheme", given.scheme]
+        arguments += ["--ops", given.ops]
+        if given.adapter is not None:
+            arguments += ["--adapter", given.adapter]
+        if given.no_verify:
+            arguments.append("--no-verify")
+        code = run(arguments)
+        if code:
+            sys.exit(code)
+
+
+REGISTER_COMMANDS = [(LawcatExportCommand, ExportCommand)]
