@@ -213,7 +213,8 @@ class LawcatAttention(nn.Module):
         slot = torch.arange(N, device=q.device)[:, None] * c + j  # key index in [old, new]
         allowed = band & (slot >= past - filled)[:, None]  # [N,c,c+w-1]
         scores = scores.masked_fill(~allowed, -torch.inf)
-        weights = (scores - scores.amax(-1, keepdim=True).detach()).exp()
+        # The largest score does not cancel against the linear branch: it has a gradient of its own.
+        weights = (scores - scores.amax(-1, keepdim=True)).exp()
         N_w = torch.einsum("bghnij,bgnjd->bghnid", weights.to(values.dtype), values)
         Z_w = weights.sum(-1, keepdim=True)
         merge = lambda x: x.reshape(B, H, N * c, -1)[:, :, :T].transpose(1, 2)  # noqa: E731
