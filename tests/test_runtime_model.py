@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -14,11 +15,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_bundle import IM_END, V, build_tiny_bundle
+from tiny_bundle import IM_END, V, build_tiny_bundle, rewrite_manifest
 
 from lawcat_edge.runtime import LawcatError, Model, SamplingOptions
 from lawcat_edge.runtime.bundle import Bundle
-from lawcat_edge.runtime.engine import Engine, State, physical_cores
+from lawcat_edge.runtime.engine import PORTABLE_CHUNK, Engine, State, physical_cores
 from lawcat_edge.runtime.rotary import angles, inverse_frequencies
 from lawcat_edge.runtime.snapshot import Snapshot
 
@@ -71,6 +72,37 @@ def test_the_graph_of_the_last_position_agrees(models: dict[str, Model], variant
     tokens = np.random.default_rng(2).integers(0, V, 40)
     whole, _ = logits_of(engine, tokens, [40])
     np.testing.assert_allclose(engine.prefill(tokens, engine.new_state())[0], whole[-1], atol=2e-5)
+
+
+def test_portable_graphs_never_see_a_long_call(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Their memory grows with the square of a call's tokens, so every caller's texts are cut."""
+    folder = shutil.copytree(folders["window"], tmp_path / "portable")
+    rewrite_manifest(
+        folder,
+        lambda data: data.update(
+            ops=["portable"],
+            graphs={"portable": data["graphs"]["ort"]},
+            min_onnxruntime={"portable": "1.17.0"},
+        ),
+    )
+    lengths = []
+
+    class Watched(Engine):
+        def _bind(self, kind: str, T: int, state: State) -> Any:
+            lengths.append(T)
+            return super()._bind(kind, T, state)
+
+    engine, other = Watched(Bundle.open(folder), threads=1), Engine(Bundle.open(folders["window"]), threads=1)
+    assert engine.chunk == PORTABLE_CHUNK < other.chunk
+    tokens = np.random.default_rng(5).integers(0, V, 2 * PORTABLE_CHUNK + 5)
+    for all_positions in (True, False):
+        state, reference = engine.new_state(), other.new_state()
+        got = engine.forward(tokens[None], state, all_positions)
+        want = other.forward(tokens[None], reference, all_positions)
+        assert got.shape == want.shape
+        np.testing.assert_allclose(got, want, atol=2e-5)
+        assert state.position == tokens.size
+    assert max(lengths) == PORTABLE_CHUNK
 
 
 def test_only_tensors_whose_operator_allows_it_are_updated_in_place(models: dict[str, Model]) -> None:

@@ -50,7 +50,7 @@ def bench(
         "scheme": manifest.scheme,
         "flavour": engine.flavour,
         "threads": engine.threads,
-        "chunk": chunk,
+        "chunk": engine.chunk,
         "onnxruntime": onnxruntime.__version__,
         "bytes": engine.bundle.bytes_on_disk,
         "state_bytes": manifest.state_bytes,
