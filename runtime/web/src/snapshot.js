@@ -1,0 +1,84 @@
+// The state after some text, in a file: the format of runtime/snapshot.py, so that files go both ways.
+import { sha256, UserError } from "./bundle.js";
+import { count, State } from "./engine.js";
+
+const MAGIC = "LAWCATS1";
+
+/** The file's bytes. `context`: {state, tokens, extra}; `bundle`: the one that the state belongs to. */
+export async function saveSnapshot(context, bundle) {
+  if (bundle.sha256 === null) throw new UserError("Snapshots need https or localhost: the page has no hashes.");
+  const { state: entries } = bundle.manifest;
+  const header = new TextEncoder().encode(
+    JSON.stringify({
+      bundle: bundle.sha256,
+      tokens: context.tokens.length,
+      fed: context.state.position,
+      shapes: entries.map(({ shape }) => shape.slice(1)),
+      extra: context.extra,
+    }),
+  );
+  const floats = entries.map(({ input }) => context.state.tensors.get(input).data);
+  const size = 12 + header.length + 4 * context.tokens.length + 4 * floats.reduce((n, f) => n + f.length, 0);
+  const bytes = new Uint8Array(size + 32);
+  const view = new DataView(bytes.buffer);
+  bytes.set(new TextEncoder().encode(MAGIC));
+  view.setUint32(8, header.length, true);
+  bytes.set(header, 12);
+  let at = 12 + header.length;
+  for (const token of context.tokens) at = (view.setUint32(at, token, true), at + 4);
+  for (const values of floats) {
+    bytes.set(new Uint8Array(values.buffer, values.byteOffset, values.byteLength), at);
+    at += values.byteLength;
+  }
+  bytes.set(fromHex(await sha256(bytes.subarray(0, size))), size);
+  return bytes;
+}
+
+/** {state, tokens, extra} from a snapshot's bytes; UserError for another bundle's or a damaged one. */
+export async function loadSnapshot(bytes, bundle, ort) {
+  const damaged = new UserError("The snapshot is damaged; copy or make it again.");
+  const text = (from, to) => new TextDecoder().decode(bytes.subarray(from, to));
+  if (bytes.length < 44 || text(0, 8) !== MAGIC) throw new UserError("That file is not a snapshot.");
+  const found = await sha256(bytes.subarray(0, -32));
+  if (found === null) throw new UserError("Snapshots need https or localhost: the page has no hashes.");
+  if (fromHex(found).some((byte, i) => byte !== bytes[bytes.length - 32 + i])) throw damaged;
+  const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
+  const size = view.getUint32(8, true);
+  if (size > bytes.length - 44) throw damaged;
+  let header;
+  try {
+    header = JSON.parse(text(12, 12 + size));
+  } catch {
+    throw damaged;
+  }
+  if (header.bundle !== bundle.sha256) {
+    throw new UserError("The snapshot belongs to another bundle; load the bundle that made it.");
+  }
+  const { manifest } = bundle;
+  const shapes = manifest.state.map(({ shape }) => shape.slice(1));
+  const values = shapes.reduce((n, shape) => n + count(shape), 0);
+  if (
+    JSON.stringify(header.shapes) !== JSON.stringify(shapes) ||
+    !(header.fed >= 0 && header.fed <= header.tokens) ||
+    bytes.length !== 12 + size + 4 * header.tokens + 4 * values + 32
+  ) {
+    throw damaged;
+  }
+  let at = 12 + size;
+  const tokens = Array.from({ length: header.tokens }, (_, i) => view.getUint32(at + 4 * i, true));
+  if (tokens.some((token) => token >= manifest.geometry.vocab_size)) throw damaged;
+  at += 4 * header.tokens;
+  const tensors = new Map();
+  for (const { input, shape } of manifest.state) {
+    const dims = [1, ...shape.slice(1)];
+    const data = new Float32Array(bytes.slice(at, at + 4 * count(dims)).buffer);
+    if (!data.every(Number.isFinite)) throw damaged;
+    tensors.set(input, new ort.Tensor("float32", data, dims));
+    at += data.byteLength;
+  }
+  return { state: new State(tensors, header.fed), tokens, extra: header.extra ?? {} };
+}
+
+function fromHex(text) {
+  return Uint8Array.from(text.match(/../g), (pair) => parseInt(pair, 16));
+}
