@@ -39,7 +39,7 @@ SETTINGS = DistillSettings(
     precision="fp32",
     checkpoint_every=2,
 )
-COPIES, SHARDS = ["--multi_gpu"], ["--use_fsdp", "--fsdp_version", "2"]
+COPIES, SHARDS = ["--multi_gpu"], ["--use_fsdp"]
 
 
 @pytest.fixture(scope="module")

@@ -25,6 +25,7 @@ from lawcat_edge.runtime.errors import LawcatError
 WAIT = timedelta(hours=2)
 """How long processes wait for the main one, which alone samples text from the teacher."""
 
+_SHARDS = "ACCELERATE_USE_FSDP"  # set by accelerate launch --use_fsdp
 _LOST_PEER = re.compile(
     r"gloo|nccl|connection (reset|closed|refused)|broken pipe|process group|TCPStore", re.I
 )
@@ -45,16 +46,22 @@ def open_accelerator(bf16: bool) -> Any:
     """The accelerate handle of this process: alone, or one of those that a launcher started."""
     from accelerate import Accelerator, InitProcessGroupKwargs
 
-    return Accelerator(
-        mixed_precision="bf16" if bf16 else "no",
-        cpu=not torch.cuda.is_available(),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT)],
-    )
+    # Unseen by accelerate, which would take it for a wish to shard by its own means (see above).
+    wish = os.environ.pop(_SHARDS, None)
+    try:
+        return Accelerator(
+            mixed_precision="bf16" if bf16 else "no",
+            cpu=not torch.cuda.is_available(),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT)],
+        )
+    finally:
+        if wish is not None:
+            os.environ[_SHARDS] = wish
 
 
 def sharded(accelerator: Any) -> bool:
     """Whether the launcher asked for FSDP and there is more than one process to share the weights."""
-    wanted = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true")
+    wanted = os.environ.get(_SHARDS, "false").lower() in ("1", "true")
     return wanted and accelerator.num_processes > 1
 
 
