@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tokenizers
 from evaluation_toys import metaspace_tokenizer, prose, toy_tokenizer
+from tiny_teacher import byte_tokenizer
 
 from lawcat_edge.distill.tasks_mix import TaskMaker
 from lawcat_edge.evaluate.babilong import ROOMS, Babilong, World, simulate
@@ -116,6 +117,18 @@ def test_stated_depths_and_the_forty_of_ruler(encoder: Encoder) -> None:
     assert (DEPTHS[0], DEPTHS[-1]) == (0.0, 1.0)
     spread = [p.depth for _, p in cell_prompts("niah-1", encoder, None, 4096, 40)]
     assert all(np.abs(np.sort(np.array(spread, float)) - np.array(DEPTHS)) < 0.03)
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_the_shortest_niah_holds_any_key_even_in_bytes(number: int) -> None:
+    encoder = Encoder(byte_tokenizer())
+    task = Niah(encoder, number, Filler.build(encoder, split_sentences(prose(200))))
+    for k in range(300):
+        prompt = task.make(np.random.default_rng(k), task.shortest(), k % 11 / 10)
+        assert len(prompt.ids) <= task.shortest()
+        assert prompt.answer in encoder.tokenizer.decode(prompt.ids.tolist())
+    with pytest.raises(LawcatError, match="needs at least"):
+        task.make(np.random.default_rng(0), task.shortest() - 1, 0.5)
 
 
 def test_niah_needle_stands_between_sentences(encoder: Encoder) -> None:

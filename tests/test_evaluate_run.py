@@ -14,7 +14,13 @@ from evaluation_toys import prose, toy_tokenizer
 from lawcat_edge.evaluate import heatmap
 from lawcat_edge.evaluate.filler import Encoder
 from lawcat_edge.evaluate.lm import greedy, sample_prose
-from lawcat_edge.evaluate.perplexity import perplexity, sequence_losses, text_sequences, token_losses
+from lawcat_edge.evaluate.perplexity import (
+    _student_t,
+    perplexity,
+    sequence_losses,
+    text_sequences,
+    token_losses,
+)
 from lawcat_edge.evaluate.prompts import (
     Prompt,
     score,
@@ -349,6 +355,13 @@ def test_buckets_split_the_positions(tmp_path: Path) -> None:
     assert report.overall.perplexity == pytest.approx(math.exp(losses[:, 0].mean()))
     assert report.buckets[1].kl == pytest.approx(losses[:, 1, 1023:2047].mean())
     assert report.overall.tokens == sum(bucket.tokens for bucket in report.buckets)
+    means, kls = losses[:, 0].mean(1), losses[:, 1].mean(1)
+    # two degrees of freedom: t = 4.3027
+    assert report.overall.low == pytest.approx(math.exp(means.mean() - 4.3027 * means.std(ddof=1) / 3**0.5))
+    assert report.overall.high == pytest.approx(math.exp(means.mean() + 4.3027 * means.std(ddof=1) / 3**0.5))
+    assert report.overall.kl_margin == pytest.approx(4.3027 * kls.std(ddof=1) / 3**0.5)
+    single = perplexity(model, [path], length=2500, samples=1, teacher=teacher).overall
+    assert single.low is single.high is single.kl_margin is None
     alone = perplexity(model, [path], length=300, samples=2)
     assert alone.overall.kl is alone.overall.agreement is None
     assert len(alone.buckets) == 1
@@ -359,6 +372,11 @@ def test_buckets_split_the_positions(tmp_path: Path) -> None:
         perplexity(model, [path], length=1)
     with pytest.raises(LawcatError, match="at least one sequence"):
         perplexity(model, [path], samples=0)
+
+
+@pytest.mark.parametrize(("freedom", "quantile"), [(1, 12.706), (10, 2.228), (11, 2.201), (30, 2.042)])
+def test_student_t_reference_values(freedom: int, quantile: float) -> None:
+    assert _student_t(freedom) == pytest.approx(quantile, abs=6e-4)
 
 
 def test_text_sequences_are_the_text(tmp_path: Path) -> None:

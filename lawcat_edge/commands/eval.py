@@ -222,9 +222,12 @@ def _show(report: TaskReport) -> None:
 
 def _show_perplexity(report: PerplexityReport) -> None:
     print(f"perplexity of {report.model} ({report.kind}) on {', '.join(report.settings['text'])}")
-    print(f"{'positions':>15} {'tokens':>9} {'perplexity':>11} {'KL':>8} {'same top':>9}")
+    print(f"{'positions':>15} {'tokens':>9} {'perplexity':>11} {'KL':>8} {'same top':>9}   95 % interval")
     for bucket in (*report.buckets, report.overall):
         kl = "–" if bucket.kl is None else f"{bucket.kl:.4f}"
         same = "–" if bucket.agreement is None else f"{bucket.agreement * 100:.1f} %"
         where = f"{bucket.begin:,}–{bucket.end:,}"
-        print(f"{where:>15} {bucket.tokens:>9,} {bucket.perplexity:>11.3f} {kl:>8} {same:>9}")
+        interval = "–" if bucket.low is None else f"{bucket.low:.2f}–{bucket.high:.2f}"
+        if bucket.kl_margin is not None:
+            interval += f", KL ± {bucket.kl_margin:.4f}"
+        print(f"{where:>15} {bucket.tokens:>9,} {bucket.perplexity:>11.3f} {kl:>8} {same:>9}   {interval}")

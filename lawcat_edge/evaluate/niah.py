@@ -52,9 +52,22 @@ class Niah:
         self.kind = "uuid" if number == 3 else "number"
         self.draw_value = draw_uuid if number == 3 else draw_number
         self.head = encoder.first(HEAD.format(kind=self.kind))
+        self._shortest: int | None = None
 
     def shortest(self) -> int:
-        return len(self.head) + 160
+        """A length that holds the needle and the question whatever the key and the value."""
+        if self._shortest is None:
+            adjective, noun = (
+                max(words, key=lambda word: len(self.encoder.after_text(" " + word)))
+                for words in (ADJECTIVES, NOUNS)
+            )
+            words = {"kind": self.kind, "key": f"{adjective}-{noun}", "value": ""}
+            needle = len(self.encoder.after_line(NEEDLE.format(**words) + "\n"))
+            question = len(self.encoder.after_text(QUESTION.format(**words) + PREFIX.format(**words)))
+            value = len(self.draw_value(np.random.default_rng(0)))  # a token is a character at least
+            # The cut of a key within a word may differ from that of its parts by a token or two, thrice.
+            self._shortest = len(self.head) + max(160, needle + question + value + 6)
+        return self._shortest
 
     def make(self, rng: np.random.Generator, length: int, depth: float) -> Prompt:
         """A prompt of exactly ``length`` tokens, the needle between two sentences nearest to ``depth`` of

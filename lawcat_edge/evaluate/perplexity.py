@@ -24,7 +24,11 @@ EDGES = (0, 1024, 2048, 4096, 8192, 16_384, 32_768, 65_536)
 class Bucket:
     """Means over the predicted tokens at positions begin ≤ t < end. Natural logarithms; stderr as if tokens
     were independent; kl is KL(teacher ‖ model), agreement the share of equal likeliest tokens (both None
-    without a teacher)."""
+    without a teacher).
+
+    low, high: the 95 % interval of the perplexity by Student's t over sequences, whose tokens hang
+    together; kl_margin: half of that of kl. None with a single sequence, which says nothing of others.
+    """
 
     begin: int
     end: int
@@ -34,6 +38,9 @@ class Bucket:
     perplexity: float
     kl: float | None = None
     agreement: float | None = None
+    low: float | None = None
+    high: float | None = None
+    kl_margin: float | None = None
 
 
 @dataclass(frozen=True)
@@ -170,14 +177,42 @@ def sequence_losses(
 
 def _bucket(table: np.ndarray, begin: int, end: int, teacher: LanguageModel | None) -> Bucket:
     nll, kl, same = (table[:, k].ravel() for k in range(3))
-    mean = float(nll.mean())
+    mean, margin = float(nll.mean()), _margin(table[:, 0])
     return Bucket(
         begin,
         end,
         len(nll),
         mean,
         float(nll.std() / math.sqrt(len(nll))),
-        math.exp(min(mean, 700.0)),
+        _exp(mean),
         float(kl.mean()) if teacher is not None else None,
         float(same.mean()) if teacher is not None else None,
+        None if margin is None else _exp(mean - margin),
+        None if margin is None else _exp(mean + margin),
+        _margin(table[:, 1]) if teacher is not None else None,
     )
+
+
+def _exp(x: float) -> float:
+    return math.exp(min(x, 700.0))
+
+
+def _margin(values: np.ndarray) -> float | None:
+    """Half of the 95 % interval of the mean of values [sequences, tokens], sequences drawn at random."""
+    count = len(values)
+    if count < 2:
+        return None
+    return _student_t(count - 1) * float(values.mean(1).std(ddof=1)) / math.sqrt(count)
+
+
+def _student_t(freedom: int) -> float:
+    """The 97.5 % quantile of Student's t distribution: a table, then Cornish and Fisher's expansion."""
+    if freedom <= len(_T_TABLE):
+        return _T_TABLE[freedom - 1]
+    z = 1.959964
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + (z**3 + z) / (4 * freedom) + second / freedom**2 + third / freedom**3
+
+
+_T_TABLE = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
