@@ -196,7 +196,7 @@ def _run(
             stage_run.run(rows, record)
         p = stage_run.progress
         summary[stage] = {"tokens": p.tokens, "seconds": round(p.seconds, 1), "loss": round(p.smoothed, 6)}
-        del module, stage_run  # with the wrapper, whose hooks would fire in the next stage
+        del module, stage_run  # with the wrapper, before the next stage wraps the same parameters
         accelerator.free_memory()
 
     if log is not None:
