@@ -124,7 +124,7 @@ class Geometry:
         try:
             factor = float(scaling["factor"])
             if kind == "linear":
-                return _finite(freq / factor)
+                return _finite(freq * (1 / factor))
             low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
             old = float(scaling["original_max_position_embeddings"])
             if not min(factor, low, old, high - low) > 0:  # so that a NaN fails too

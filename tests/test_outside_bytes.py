@@ -83,6 +83,15 @@ def test_a_pipe_or_a_device_is_refused_and_not_waited_for(tmp_path: Path) -> Non
         SafetensorsWeights(tmp_path)
 
 
+def test_a_terabyte_of_holes_is_not_hashed(tmp_path: Path) -> None:
+    with open(tmp_path / "model.gguf", "wb") as file:
+        file.truncate(1 << 40)
+    if not hasattr(os.stat(tmp_path), "st_blocks") or os.stat(tmp_path / "model.gguf").st_blocks > 1 << 20:
+        pytest.skip("this file system keeps no holes")
+    with pytest.raises(LawcatError, match=r"model\.gguf is mostly holes"):
+        files.sha256_file(tmp_path / "model.gguf")
+
+
 @pytest.mark.parametrize("name", ["adapter.safetensors", "lawcat_config.json"])
 def test_an_adapter_is_read_from_its_own_folder_only(tmp_path: Path, name: str) -> None:
     make_adapter().save(tmp_path / "a")
