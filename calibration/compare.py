@@ -32,7 +32,7 @@ from lawcat_edge.evaluate.lm import LanguageModel
 from lawcat_edge.export.schemes import SCHEMES
 from lawcat_edge.runtime.engine import physical_cores
 from lawcat_edge.runtime.errors import LawcatError
-from lawcat_edge.runtime.files import sha256_file
+from lawcat_edge.runtime.files import FileLock, sha256_file
 from lawcat_edge.teacher import Teacher
 
 PARTS = ("export", "accuracy", "drift", "tasks", "speed")
@@ -75,6 +75,11 @@ class Comparison:
     # -- the run ---------------------------------------------------------------------------------------------
 
     def run(self, schemes: Sequence[str], with_peers: bool = True) -> dict[str, Any]:
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.out):  # two comparisons in one folder would take each other's rows
+            return self._run(schemes, with_peers)
+
+    def _run(self, schemes: Sequence[str], with_peers: bool) -> dict[str, Any]:
         began = time.perf_counter()
         names = ["fp32", *(name for name in dict.fromkeys(schemes) if name != "fp32")]
         rows = [self._scheme_row(name) for name in names]

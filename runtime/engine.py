@@ -280,6 +280,7 @@ class Engine:
         try:
             session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:
+            self.bundle.check_unchanged()
             raise LawcatError(
                 f"onnxruntime {ort.__version__} cannot load {path.name}: {_first_line(error)}; "
                 "update onnxruntime, or export with `--ops portable`."

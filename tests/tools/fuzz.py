@@ -87,12 +87,12 @@ def keep(work: Path, largest: int = 4096) -> dict[str, int]:
     for name in NAMES:
         reached: set[tuple[str, int, int]] = set()
         for path in sorted((KEPT / name).iterdir()):
-            reached |= lines_of(lambda data, name=name: fuzz_targets.run(name, data), path.read_bytes())
+            reached |= lines_of(fuzz_targets.TARGETS[name], path.read_bytes())
         found = sorted((work / "corpus" / name).iterdir(), key=lambda path: (path.stat().st_size, path.name))
         for path in found:
             data = path.read_bytes()
             if len(data) <= largest:
-                lines = lines_of(lambda data, name=name: fuzz_targets.run(name, data), data)
+                lines = lines_of(fuzz_targets.TARGETS[name], data)
                 if not lines <= reached:
                     reached |= lines
                     (KEPT / name / hashlib.sha256(data).hexdigest()[:16]).write_bytes(data)
