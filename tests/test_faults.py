@@ -1,4 +1,4 @@
-"""What can go wrong around a program: kills, full disks, closed folders, clocks, two writers, changing files."""
+"""What can go wrong around a program: kills, full disks, clocks, two writers, files that change."""
 
 from __future__ import annotations
 
