@@ -180,8 +180,10 @@ class LawcatModelForCausalLM(OptimizedModel, GenerationMixin):
         self,
         input_ids: torch.Tensor,
         next_sequence_length: int | None = None,
-        past_key_values: RecurrentCache | None = None,
+        past_key_values: Any = None,
         attention_mask: torch.Tensor | None = None,
+        inputs_embeds: Any = None,
+        is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Only the tokens that the state has not read; without ``use_cache`` the whole text, from nothing."""
