@@ -18,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 
 from lawcat_edge.config import LawcatConfig
-from lawcat_edge.export import genai
+from lawcat_edge.export import genai, mobile
 from lawcat_edge.export.extras import copy_tokenizer, token_ids
 from lawcat_edge.export.flavours import rewrite
 from lawcat_edge.export.layout import Layout
@@ -26,7 +26,7 @@ from lawcat_edge.export.schemes import Scheme, load_scheme
 from lawcat_edge.export.stitch import stitch
 from lawcat_edge.export.trace import trace_layer, trace_window
 from lawcat_edge.export.verify import Agreement, Reference, verify_folder
-from lawcat_edge.export.writer import JOURNAL, DataWriter
+from lawcat_edge.export.writer import DATA, JOURNAL, DataWriter
 from lawcat_edge.families import Geometry
 from lawcat_edge.runtime.bundle import MANIFEST, Manifest, expected_state, write_manifest
 from lawcat_edge.runtime.errors import LawcatError
@@ -53,6 +53,7 @@ def export_bundle(
     tokenizer_files: Path | str,
     source: Mapping[str, Any] | None = None,
     name: str | None = None,
+    ort_format: bool = False,
     verify: bool = True,
     verify_tokens: Sequence[int] | None = None,
     reference: Reference | None = None,
@@ -64,6 +65,7 @@ def export_bundle(
     weights: the teacher's, without low-rank updates (these are in the adapter and are merged here).
     adapter: ``.tensors`` and ``.lora``; None takes an untrained conversion, as distillation starts from.
     tokenizer_files: folder with tokenizer.json (and chat template, generation config where there are any).
+    ort_format: also write model.ort, the same model in onnxruntime's own format for mobile apps.
     source: {"teacher", "teacher_sha256", "adapter_sha256"} for the manifest.
     reference: tokens [T] -> logits [T,V] of the torch student; without it the bundle is only run.
     progress: called with (what, done, total). sign_with: a key of ``signature.load_private_key``.
@@ -76,6 +78,8 @@ def export_bundle(
     for op in ops:
         if op not in FLAVOURS:
             raise LawcatError(f"Unknown operators {op!r}; choose from {', '.join(FLAVOURS)}.")
+    if ort_format:
+        mobile.ort_flavour(ops)  # before the slow steps
     check_shapes(weights, geometry)
     tensors = untrained_tensors(geometry, config) if adapter is None else adapter.tensors
     check_adapter(tensors, geometry, config)
@@ -89,17 +93,25 @@ def export_bundle(
     out.parent.mkdir(parents=True, exist_ok=True)
     with _readable_errors(out), FileLock(staging):
         staging.mkdir(exist_ok=True)
+        for path in staging.iterdir():  # of a killed export that had other options
+            if path.name not in (DATA, JOURNAL):
+                path.unlink()
         stored = _store(layout, staging, _fingerprint(layout, source), report)
         report("graph", 0, 1)
         nodes = _write_graphs(layout, staging, stored, ops)
         copy_tokenizer(Path(tokenizer_files), staging)
         tokens = token_ids(Path(tokenizer_files))
         graphs = {flavour: graph_files(flavour) for flavour in ops}
+        if ort_format:
+            report("ort format", 0, 1)
+            flavour = mobile.ort_flavour(ops)
+            mobile.write_ort(staging, graphs[flavour]["last"])
+            graphs[flavour]["ort_format"] = mobile.GRAPH
         best = genai_flavour(ops)
         if genai.needs_own_graph(config):
             graphs[best]["genai"] = genai.GRAPH
         file = graphs[best].get("genai", graphs[best]["last"])
-        write_json(staging / "genai_config.json", genai.genai_config(geometry, config, tokens, file))
+        write_json(staging / "genai_config.json", genai.genai_config(geometry, config, tokens, file, best))
         (staging / JOURNAL).rename(staging.with_name(f".{out.name}.journal"))
         manifest = Manifest(
             name=name or out.name,

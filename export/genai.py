@@ -21,9 +21,9 @@ from lawcat_edge.config import LawcatConfig
 from lawcat_edge.families import Geometry
 from lawcat_edge.runtime import rotary
 from lawcat_edge.runtime.bundle import expected_state
+from lawcat_edge.runtime.engine import DEFAULT_CHUNK, PORTABLE_CHUNK
 
 GRAPH = "model_genai.onnx"
-_CHUNK = 256  # tokens of a prompt that genai reads at once: memory grows with it
 
 
 def needs_own_graph(config: LawcatConfig) -> bool:
@@ -32,9 +32,9 @@ def needs_own_graph(config: LawcatConfig) -> bool:
 
 
 def genai_config(
-    geometry: Geometry, config: LawcatConfig, tokens: dict[str, Any], filename: str
+    geometry: Geometry, config: LawcatConfig, tokens: dict[str, Any], filename: str, flavour: str
 ) -> dict[str, Any]:
-    """The content of genai_config.json for the graph ``filename``."""
+    """The content of genai_config.json for the graph ``filename`` of ``flavour``."""
     eos = tokens["eos"] or [0]
     inputs = {
         "input_ids": "input_ids",
@@ -72,7 +72,7 @@ def genai_config(
             "max_length": 8192,
             "do_sample": False,
             "past_present_share_buffer": False,
-            "chunk_size": _CHUNK,
+            "chunk_size": PORTABLE_CHUNK if flavour == "portable" else DEFAULT_CHUNK,
         },
     }
 

@@ -89,7 +89,7 @@ def verify_folder(
     engine.release("all")
     for kind in engine.kinds:
         limit = 1e-4 if kind == "last" else bound
-        state, at = engine.new_state(), 0
+        state, at = engine.new_state(kind=kind), 0
         for piece in pieces_for(engine, kind, pieces) if kind != "all" else ():
             at += piece
             last = engine.run(kind, ids[None, at - piece : at], state)[0, -1]

@@ -25,8 +25,9 @@ FORMAT = 1
 OPS = ("ort", "onnx", "portable")
 # The graphs a flavour may have, all over one weights file. last: logits of the last position; all: of every
 # position. step and chunk: as last, with B = 1 and a fixed T, for runtimes without dynamic shapes. genai: as
-# last, with the inputs that onnxruntime-genai gives; the runner here does not use it.
-GRAPHS = ("last", "all", "step", "chunk", "genai")
+# last, with the inputs that onnxruntime-genai gives; the runner here does not use it. ort_format: as last, in
+# onnxruntime's own format and with its weights inside, for mobile apps.
+GRAPHS = ("last", "all", "step", "chunk", "genai", "ort_format")
 TOKENIZER = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 GENERATION_CONFIG = "generation_config.json"
@@ -199,6 +200,9 @@ class Manifest:
             for kind, name in graph.items():
                 if not isinstance(name, str) or name not in self.files:
                     raise _bad(f"graphs.{op}.{kind}", "is not among the files")
+                # onnxruntime goes by the ending
+                if name.endswith(".ort") != (kind == "ort_format"):
+                    raise _bad(f"graphs.{op}.{kind}", "must end in .ort if and only if it is ort_format")
         if set(self.min_onnxruntime) != set(self.ops):
             raise _bad("min_onnxruntime", "must give a version for each of ops")
         for op, version in self.min_onnxruntime.items():
@@ -348,6 +352,12 @@ class Bundle:
                         raise self._altered(name)
 
     def _check_graph(self, name: str) -> ModelSummary:
+        if name.endswith(".ort"):
+            # onnxruntime verifies the flatbuffer itself, and nothing in it can point outside of it
+            with open(self.path(name), "rb") as file:
+                if file.read(8)[4:] != b"ORTM":
+                    raise LawcatError(f"{self.folder / name} is not in ORT format; export the bundle again.")
+            return ModelSummary()
         graphs = {graph for entry in self.manifest.graphs.values() for graph in entry.values()}
 
         def size_of(location: str) -> int | None:

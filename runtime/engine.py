@@ -27,7 +27,8 @@ DEFAULT_CHUNK = 256
 # The portable graph has tensors of every pair of tokens of a call, [B,H,T,T,F]: of 151 MB each at 256 tokens,
 # of 2.4 MB at 32, which is also 2.9 times as fast as 256, and the fastest of 16 to 256 (SmolLM2-135M).
 PORTABLE_CHUNK = 32
-_KINDS = ("last", "all", "step", "chunk")
+_KINDS = ("last", "all", "step", "chunk", "ort_format")
+_IN_PLACE_KINDS = {"last", "all"}  # graphs whose operators are known, because the bundle's check reads them
 _FIXED = ("step", "chunk")
 _IN_PLACE = {"LinearAttention", "CausalConvWithState"}
 
@@ -144,7 +145,10 @@ class Engine:
         self.vocab_size = manifest.vocab_size
         graphs = manifest.graphs[self.flavour]
         self._in_place = [
-            all(_in_place_is_safe(bundle.graphs[graphs[kind]], tensor) for kind in self.kinds)
+            all(
+                _in_place_is_safe(bundle.graphs[graphs[kind]], tensor)
+                for kind in _IN_PLACE_KINDS & set(graphs)
+            )
             for tensor in manifest.state
         ]
         self._frequencies = rotary.inverse_frequencies(manifest.geometry) if manifest.rope else None
@@ -153,7 +157,7 @@ class Engine:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The graphs this flavour has: ``last`` and some of ``all``, ``step``, ``chunk``."""
+        """The graphs this flavour has: ``last`` and some of ``all``, ``step``, ``chunk``, ``ort_format``."""
         return tuple(kind for kind in _KINDS if kind in self.bundle.manifest.graphs[self.flavour])
 
     def fixed_tokens(self, kind: str) -> int | None:
@@ -166,9 +170,10 @@ class Engine:
         """Forget a graph's session, which frees it once no state that ran it is left; loads again on use."""
         self._sessions.pop(kind, None)
 
-    def new_state(self, batch: int = 1) -> State:
-        """The state before any token, zeros."""
-        return State(self.bundle.manifest.state, self._in_place, batch)
+    def new_state(self, batch: int = 1, kind: str = "last") -> State:
+        """The state before any token, zeros, for the graph ``kind``; one for ``last`` is one for ``all``."""
+        in_place = self._in_place if kind in _IN_PLACE_KINDS else [False] * len(self._in_place)
+        return State(self.bundle.manifest.state, in_place, batch)
 
     def forward(self, ids: np.ndarray, state: State, all_positions: bool = False) -> np.ndarray:
         """Feed ids [B,T], any T >= 1, updating `state`; logits float32 [B,V] of the last token, or [B,T,V].

@@ -94,7 +94,7 @@ def replay(engine: Engine, parity: Parity) -> float:
         for position, ids, logits in zip(parity.positions, parity.top_ids, parity.top_logits, strict=True)
     }
     for kind in engine.kinds:
-        state, at = engine.new_state(), 0
+        state, at = engine.new_state(kind=kind), 0
         for piece in pieces_for(engine, kind, parity.pieces):
             ids = np.asarray(parity.tokens[at : at + piece], np.int64)[None]
             rows = engine.run(kind, ids, state)[0]  # [T,V] of this piece, or [1,V] of its last position

@@ -167,8 +167,8 @@ def test_the_optimum_command_passes_its_options_on(
         return 0
 
     monkeypatch.setattr("lawcat_edge.cli.run", run)
-    optimum("-m", "t", "--adapter", "a", "--ops", "ort,portable", "--no-verify", "out")
+    optimum("-m", "t", "--adapter", "a", "--ops", "ort,portable", "--no-verify", "--ort-format", "out")
     assert seen == [
         ["export", "t", "--out", "out", "--scheme", "int8", "--ops", "ort,portable", "--adapter", "a",
-         "--no-verify"]
+         "--ort-format", "--no-verify"]
     ]  # fmt: skip

@@ -18,6 +18,9 @@ def export(
         str, typer.Option(help="fp32, int8, int8-dynamic, int4, or a JSON file (your table).")
     ] = "int8",
     ops: Annotated[str, typer.Option(help="Operators, one or several: ort,onnx,portable.")] = "ort",
+    ort_format: Annotated[
+        bool, typer.Option("--ort-format", help="Also write model.ort and its operators, for mobile apps.")
+    ] = False,
     name: Annotated[str | None, typer.Option(help="Name in the manifest; default: the folder's.")] = None,
     verify: Annotated[bool, typer.Option(help="Replay tokens in onnxruntime against torch.")] = True,
     sign: Annotated[
@@ -61,6 +64,7 @@ def export(
         out,
         scheme=table,
         ops=[op.strip() for op in ops.split(",")],
+        ort_format=ort_format,
         tokenizer_files=source.folder,
         source={
             "teacher": source.name,

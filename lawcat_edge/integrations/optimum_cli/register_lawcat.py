@@ -25,6 +25,7 @@ class LawcatExportCommand(BaseOptimumCLICommand):
         add("--adapter", help="Adapter folder of lawcat-edge; without it, an untrained conversion.")
         add("--scheme", default="int8", help="fp32, int8, int8-dynamic, int4, or a JSON file.")
         add("--ops", default="ort", help="Operators, one or several: ort,onnx,portable.")
+        add("--ort-format", action="store_true", help="Also write model.ort, for mobile apps.")
         add("--no-verify", action="store_true", help="Do not replay tokens in onnxruntime against torch.")
         add("output", help="Bundle folder to write; an old bundle there is replaced.")
 
@@ -36,6 +37,8 @@ class LawcatExportCommand(BaseOptimumCLICommand):
         arguments += ["--ops", given.ops]
         if given.adapter is not None:
             arguments += ["--adapter", given.adapter]
+        if given.ort_format:
+            arguments.append("--ort-format")
         if given.no_verify:
             arguments.append("--no-verify")
         code = run(arguments)
