@@ -82,6 +82,8 @@ def test_beams_carry_their_own_states(model: Any, tokenizer: Any) -> None:
     anew = model.generate(**batch, num_beams=3, use_cache=False, **GREEDY)
     assert with_state.tolist() == anew.tolist()
     assert with_state.tolist() != model.generate(**batch, **GREEDY).tolist()
+    with pytest.raises(ValueError, match="stateful"):  # a state cannot go back
+        model.generate(**tokenizer(PROMPTS[0], return_tensors="pt"), assistant_model=model, **GREEDY)
 
 
 def test_logits_and_what_cannot_be_read(model: Any) -> None:
@@ -109,7 +111,11 @@ def test_logits_and_what_cannot_be_read(model: Any) -> None:
 def test_saved_and_loaded_again(
     model: Any, tokenizer: Any, expected: list[list[int]], tmp_path: Path
 ) -> None:
+    signature = model.bundle.folder / "lawcat_bundle.json.sig"
+    signature.write_bytes(b"s" * 64)
     model.save_pretrained(tmp_path / "copy")
+    signature.unlink()
+    assert (tmp_path / "copy" / signature.name).read_bytes() == b"s" * 64
     model.save_pretrained(tmp_path / "copy")  # replaces its like
     again = LawcatModelForCausalLM.from_pretrained(str(tmp_path / "copy"))
     assert again.bundle.sha256 == model.bundle.sha256

@@ -33,6 +33,7 @@ from lawcat_edge.runtime.bundle import GENERATION_CONFIG, MANIFEST, Bundle
 from lawcat_edge.runtime.engine import Engine, State
 from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.runtime.files import atomic_folder, parse_json
+from lawcat_edge.runtime.signature import SIGNATURE
 
 
 class LawcatBundleConfig(PretrainedConfig):
@@ -131,7 +132,8 @@ class LawcatModelForCausalLM(OptimizedModel, GenerationMixin):
         """Copy the files of the bundle; an older bundle there is replaced as a whole."""
         self.bundle.check_unchanged()
         with atomic_folder(Path(save_directory), MANIFEST) as target:
-            for name in (MANIFEST, *self.bundle.manifest.files):
+            signed = (SIGNATURE,) if (self.bundle.folder / SIGNATURE).is_file() else ()
+            for name in (MANIFEST, *signed, *self.bundle.manifest.files):
                 shutil.copyfile(self.bundle.folder / name, target / name)
 
     def forward(
