@@ -187,7 +187,44 @@ class _Rewriter:
         assert attributes == {"alpha": 1.0}
         return [self._do("Mul", [own[0], self._do("Sigmoid", own, path, "sigmoid")], path, "silu")]
 
-    # -- what changed between opset 17 and 21 ----------------------------------------------------------------
+    # -- the window -----------------------------------------------------------------------------------------
+
+    def on_RotaryEmbedding(self, own: Values, attributes: dict[str, Any], path: str) -> list[ir.Value]:  # noqa: N802
+        x, _, cos, sin = own
+        heads, size = attributes["num_heads"], attributes["rotary_embedding_dim"]
+        do = self._do
+        x4 = do("Reshape", [x, self._ints(0, 0, heads, size)], path, "heads")
+        halves = do("Split", [x4, self._ints(size // 2, size // 2)], path, "halves", outputs=2, axis=3)
+        c, s = (do("Unsqueeze", [table, self._ints(1)], path, name) for table, name in ((cos, "c"), (sin, "s")))
+        turned = [
+            do(op, [do("Mul", [near, c], path, f"{op}c"), do("Mul", [far, s], path, f"{op}s")], path, op)
+            for op, near, far in (("Sub", *halves), ("Add", *halves[::-1]))
+        ]
+        joined = do("Concat", turned, path, "joined", axis=3)
+        return [do("Reshape", [joined, self._ints(0, 0, heads * size)], path, "turned")]
+
+    def on_Attention(self, own: Values, attributes: dict[str, Any], path: str) -> list[ir.Value] | None:  # noqa: N802
+        if self.flavour == "onnx":
+            return None
+        q, k, v, mask, *past = own
+        do, heads = self._do, attributes["kv_num_heads"]
+        apart = [do("Reshape", [x, self._ints(0, 0, heads, -1)], path, f"{n}4") for x, n in ((q, "q"), (k, "k"), (v, "v"))]
+        q, k, v = (do("Transpose", [x], path, n, perm=[0, 2, 1, 3]) for x, n in zip(apart, "qkv", strict=True))
+        if past:
+            k, v = (
+                do("Concat", [old, new], path, name, axis=2)
+                for old, new, name in ((past[0], k, "keys"), (past[1], v, "values"))
+            )
+        scaled = do("Mul", [q, self._float(attributes["scale"])], path, "scaled")
+        scores = do("MatMul", [scaled, do("Transpose", [k], path, "kT", perm=[0, 1, 3, 2])], path, "scores")
+        weights = do("Softmax", [do("Add", [scores, mask], path, "masked")], path, "weights", axis=-1)
+        out = do("Transpose", [do("MatMul", [weights, v], path, "read")], path, "rows", perm=[0, 2, 1, 3])
+        out = do("Reshape", [out, self._ints(0, 0, -1)], path, "out")
+        assert isinstance(k, ir.Value)
+        assert isinstance(v, ir.Value)
+        return [out, k, v, weights]
+
+    # -- what changed between opset 17 and 23 ----------------------------------------------------------------
 
     def on_Split(self, own: Values, attributes: dict[str, Any], path: str) -> list[ir.Value] | None:  # noqa: N802
         if self.flavour == "onnx" or "num_outputs" not in attributes:

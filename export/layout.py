@@ -12,7 +12,7 @@ from lawcat_edge.config import LawcatConfig
 from lawcat_edge.export import products
 from lawcat_edge.export.rotation import Rotation
 from lawcat_edge.export.schemes import Product, Scheme
-from lawcat_edge.export.step import Widths
+from lawcat_edge.export.step import Widths, head_order
 from lawcat_edge.export.writer import DataWriter
 from lawcat_edge.families import Geometry
 from lawcat_edge.runtime.errors import LawcatError
@@ -107,19 +107,18 @@ class Layout:
             f"model.layers.{i}.self_attn.",
             f"model.layers.{i}.input_layernorm.weight",
         )
-        yield from self._reading(f"{at}q_proj.weight", norm)
+        for head in head_order(g):
+            yield self._head(f"{at}q_proj.weight", int(head), norm)
         yield from self._reading(f"{at}k_proj.weight", norm)
         zero = np.zeros((1, g.hidden_size), np.float32)
         for head in range(g.num_kv_heads):  # a zero row after each head: its bias makes the column of ones
-            rows = self.weights.rows(f"{at}v_proj.weight", head * g.head_dim, (head + 1) * g.head_dim)
-            self._check(f"{at}v_proj.weight", rows)
-            yield self._turned(rows, norm)
+            yield self._head(f"{at}v_proj.weight", head, norm)
             yield zero
         yield self._turned(np.ascontiguousarray(self._new(i, "gate_a").T), norm)
         yield zero
 
     def _o(self, i: int) -> Iterator[np.ndarray]:
-        return self._writing(f"model.layers.{i}.self_attn.o_proj.weight")
+        return self._writing(f"model.layers.{i}.self_attn.o_proj.weight", self._ordered_columns)
 
     def _gate_up(self, i: int) -> Iterator[np.ndarray]:
         norm = f"model.layers.{i}.post_attention_layernorm.weight"
@@ -139,11 +138,28 @@ class Layout:
             return block
         return self.rotation.rows(block if norm is None else block * self._get(norm))
 
-    def _writing(self, name: str) -> Iterator[np.ndarray]:
-        """Rows of a weight that adds to the residual stream; rotating them takes all at once."""
-        if self.rotation is None:
-            return self._blocks(name)
-        return iter([np.ascontiguousarray(self.rotation.columns(self._get(name)))])
+    def _writing(self, name: str, columns: np.ndarray | None = None) -> Iterator[np.ndarray]:
+        """Rows of a weight that adds to the residual stream, its columns in another order on wish.
+
+        Rotating them takes all at once.
+        """
+        blocks = self._blocks(name) if self.rotation is None else iter([self._get(name)])
+        for block in blocks:
+            ordered = block if columns is None else block[:, columns]
+            yield ordered if self.rotation is None else np.ascontiguousarray(self.rotation.columns(ordered))
+
+    def _head(self, name: str, head: int, norm: str) -> np.ndarray:
+        """The rows of one head of a weight that reads the residual stream behind ``norm``."""
+        d = self.geometry.head_dim
+        rows = self.weights.rows(name, head * d, (head + 1) * d)
+        self._check(name, rows)
+        return self._turned(rows, norm)
+
+    @cached_property
+    def _ordered_columns(self) -> np.ndarray:
+        """The teacher's column of H heads at each place of the graph, [H d]."""
+        g = self.geometry
+        return np.arange(g.query_width).reshape(g.num_heads, g.head_dim)[head_order(g)].reshape(-1)
 
     def _gain(self, norm: str) -> np.ndarray:
         """The gains of a norm as the graph applies them; rotated, they sit in the weights behind."""
@@ -168,9 +184,11 @@ class Layout:
     def _small(self, i: int) -> dict[str, np.ndarray]:
         g, c = self.geometry, self.config
         at, mlp = f"model.layers.{i}.self_attn.", f"model.layers.{i}.mlp."
-        W = self._new(i, "feature")  # [H,d,f], the same for q and k
+        order, columns = head_order(g), self._ordered_columns
+        W = self._new(i, "feature")[order]  # [H,d,f], the same for q and k
+        taps = [self._new(i, name)[columns] for name in ("conv_q", "conv_k")]
         small = {
-            "conv_taps": np.concatenate([self._new(i, "conv_q"), self._new(i, "conv_k")])[:, None],
+            "conv_taps": np.concatenate(taps)[:, None],
             "feature": np.stack([W, -W], 1).swapaxes(2, 3),
             # the last row meets the latent that is always one
             "gate_b": -np.concatenate([self._new(i, "gate_b"), self._new(i, "gate_bias")[None]]),
@@ -190,9 +208,8 @@ class Layout:
                 [np.tile(q, (g.num_heads, 1)), np.tile(k, (g.num_kv_heads, 1))]
             )
         if c.window:
-            small["window_share"] = (1 / (1 + np.exp(-self._new(i, "omega").astype(np.float64))))[
-                :, None, None
-            ]
+            omega = self._new(i, "omega")[order].astype(np.float64)
+            small["window_share"] = (1 / (1 + np.exp(-omega)))[:, None]
         return small
 
     def _qkv_bias(self, at: str) -> np.ndarray:
@@ -200,7 +217,7 @@ class Layout:
         bias = np.zeros(w.total, np.float32)
         values = bias[w.q + w.k : w.q + w.k + w.v].reshape(g.num_kv_heads, g.head_dim + 1)
         if g.attention_bias:
-            bias[: w.q] = self._get(f"{at}q_proj.bias")
+            bias[: w.q] = self._get(f"{at}q_proj.bias")[self._ordered_columns]
             bias[w.q : w.q + w.k] = self._get(f"{at}k_proj.bias")
             values[:, :-1] = self._get(f"{at}v_proj.bias").reshape(g.num_kv_heads, g.head_dim)
         values[:, -1] = bias[-1] = 1

@@ -8,17 +8,22 @@ Letters as in ``lawcat_edge.attention``. To keep the graph lean:
 
 - q, k, v and the gate's latent come from one product. Its bias makes two constant columns: the 1 that
   extends each value, and a 1 beside the latent that carries the gate's bias through the second product.
+- Query heads are stored in the order of ``head_order``: one of each group, then the next of each group. So to
+  repeat keys, values or gates for the heads that share them is to write the whole tensor several times over
+  (one Concat), and the queries of a token are H / G rows of G heads, each with keys and values of its own.
 - q and k run as one tensor of 2H heads, channels first, through one convolution; the feature map is one
   batched product with [W, -W], and one softmax.
 - The gate's sign is folded into B: g = -softplus(-u) / divisor.
+- The window is one Attention node over the stored keys, which are rotated at their positions when they are
+  written. Its softmax gives N_w / Z_w and, since the largest weight is 1 / Z_w, the normaliser as well.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -45,6 +50,11 @@ class Widths:
         return self.q + self.k + self.v + self.latent
 
 
+def head_order(geometry: Geometry) -> np.ndarray:
+    """The teacher's query head at each place of the graph, [H]: heads 0, g, 2g, .., then 1, g + 1, .. (g = H / G)."""
+    return np.arange(geometry.num_heads).reshape(geometry.num_kv_heads, geometry.groups).T.reshape(-1)
+
+
 def _op(kind: str, inputs: list[Tensor], shape: list[Any], **attrs: Any) -> Tensor:
     version = 1 if "::" in kind else None
     dtype = inputs[0].dtype
@@ -52,8 +62,9 @@ def _op(kind: str, inputs: list[Tensor], shape: list[Any], **attrs: Any) -> Tens
 
 
 def _ops(kind: str, inputs: list[Tensor | None], shapes: list[Any], **attrs: Any) -> Any:
+    version = 1 if "::" in kind else None
     dtypes = [torch.float32] * len(shapes)
-    return torch.onnx.ops.symbolic_multi_out(kind, inputs, attrs, dtypes=dtypes, shapes=shapes, version=1)
+    return torch.onnx.ops.symbolic_multi_out(kind, inputs, attrs, dtypes=dtypes, shapes=shapes, version=version)
 
 
 class StepLayer(nn.Module):
@@ -62,12 +73,16 @@ class StepLayer(nn.Module):
     unit_gamma: Tensor
     eps: Tensor
     gate_scale: Tensor
-    head_repeat: Tensor
+    first: Tensor
+    last_axis: Tensor
     to_heads: Tensor
     to_value_heads: Tensor
     to_columns: Tensor
     to_group_heads: Tensor
-    to_values: Tensor
+    to_group_queries: Tensor
+    to_head_tops: Tensor
+    slots: Tensor
+    end: Tensor
 
     def __init__(self, geometry: Geometry, config: LawcatConfig) -> None:
         super().__init__()
@@ -95,19 +110,29 @@ class StepLayer(nn.Module):
         if g.qk_norm:
             self.qk_gamma = weight(H + G, d)
         if c.window:
-            self.window_share = weight(H, 1, 1)
+            self.window_share = weight(H, 1)
 
-        # The same in all layers
-        repeat = torch.arange(H) // g.groups
-        self.register_buffer("unit_gamma", torch.ones(d))
-        self.register_buffer("eps", torch.tensor(c.eps))
-        self.register_buffer("gate_scale", torch.tensor(-1.0 / c.gate_divisor))
-        self.register_buffer("head_repeat", repeat)
-        self.register_buffer("to_heads", torch.tensor([0, 2, H, 1, d, -1]))
-        self.register_buffer("to_value_heads", torch.tensor([0, 0, H, d + 1]))
-        self.register_buffer("to_columns", torch.tensor([0, 0, -1]))
-        self.register_buffer("to_group_heads", torch.tensor([0, 0, -1, d]))
-        self.register_buffer("to_values", torch.tensor([0, 0, G, d + 1]))
+        # The same in all layers; a target of Reshape keeps a dimension that is 0
+        def ints(*values: int) -> Tensor:
+            return torch.tensor(values)
+
+        constants = {
+            "unit_gamma": torch.ones(d),
+            "eps": torch.tensor(c.eps),
+            "gate_scale": torch.tensor(-1.0 / c.gate_divisor),
+            "first": ints(0),
+            "last_axis": ints(-1),
+            "to_heads": ints(0, 2, H, 1, d, -1),
+            "to_value_heads": ints(0, -1, H, d + 1),
+            "to_columns": ints(0, 0, -1),
+            "to_group_heads": ints(0, 0, -1, d),
+            "to_group_queries": ints(0, -1, G * d),
+            "to_head_tops": ints(0, -1, H, 1),
+            "slots": ints(2),
+            "end": ints(torch.iinfo(torch.int64).max),
+        }
+        for name, value in constants.items():
+            self.register_buffer(name, value)
 
     def forward(
         self,
@@ -121,19 +146,10 @@ class StepLayer(nn.Module):
         g, c = self.geometry, self.config
         H, G, d, D = g.num_heads, g.num_kv_heads, g.head_dim, g.hidden_size
         F, B, T = c.key_dim, x.shape[0], x.shape[1]
-        w = self.widths
 
-        projected = self.product("qkv", h, w.total)
-        # Without anything to do to q and k first, one Split gives whole heads
-        plain = not (g.qk_norm or c.rope or c.window)
-        qk_widths = [w.q, *[d] * G] if plain else [w.q + w.k]
-        pieces = torch.split(projected, [*qk_widths, *[d + 1] * G, w.latent], 2)
-        qk_heads, v_heads, latent = pieces[: -G - 1], pieces[-G - 1 : -1], pieces[-1]
-        qk = pieces[0]
-        if not plain:
-            qk = self.normed(qk) if g.qk_norm else qk
-            qk_heads = torch.split(self.rotated(qk, extra) if c.rope else qk, [w.q, *[d] * G], 2)
-        channels = torch.cat([qk_heads[0], *self.repeated(qk_heads[1:])], 2)
+        qk, values, latent = self.projections(h)
+        turned = [self.rotated(heads, extra) for heads in qk] if c.rope or c.window else []
+        channels = self.joined(turned if c.rope else qk)
 
         # Convolution and feature map: [B, channels, T] -> phi [B,T,2,H,F]
         conv, conv_present = _ops(
@@ -147,12 +163,9 @@ class StepLayer(nn.Module):
         phi_q, phi_k = torch.split(self.reshape(phi, self.to_columns, [B, T, 2 * H * F]), H * F, 2)
 
         decay = _op("Softplus", [latent @ self.gate_b], [B, T, G * F]) * self.gate_scale
-        if G != H:
-            decay = torch.cat(self.repeated(torch.split(decay, F, 2) if G > 1 else [decay]), 2)
-        values = torch.cat(self.repeated(v_heads), 2)
         out, recurrent_present = _ops(
             "com.microsoft::LinearAttention",
-            [phi_q, phi_k, values, recurrent_state, decay],
+            [phi_q, phi_k, self.repeated(values), recurrent_state, self.repeated(decay)],
             [[B, T, H * (d + 1)], [B, H, F, d + 1]],
             update_rule="gated",
             q_num_heads=H,
@@ -162,10 +175,8 @@ class StepLayer(nn.Module):
         out = self.reshape(out, self.to_value_heads, [B, T, H, d + 1])
         states = [conv_present, recurrent_present]
         if c.window:
-            near, *seen = self.window(qk, v_heads, extra)
-            out = out + near
-            if c.window > 1:
-                states += seen
+            near, *remembered = self.window(*turned, values, extra)
+            out, states = out + near, states + remembered
         n, z = torch.split(out, [d, 1], 3)
         y = self.reshape(n / (z + self.eps), self.to_columns, [B, T, H * d])
 
@@ -176,12 +187,24 @@ class StepLayer(nn.Module):
         x, h = self.residual_norm(x, self.product("down", act, D), self.norm_next, down_bias)
         return (x, h, *states)
 
-    def repeated(self, heads: Sequence[Tensor]) -> list[Tensor]:
-        """Key/value heads, each as often as query heads share it.
+    def projections(self, h: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+        """[q, k] (as one tensor where nothing comes between them), [v, 1] by head, and the gate's latent."""
+        w = self.widths
+        apart = self.geometry.groups > 1 or self.config.window > 0
+        split = [w.q, w.k] if apart and not self.geometry.qk_norm else [w.q + w.k]
+        *qk, values, latent = torch.split(self.product("qkv", h, w.total), [*split, w.v, w.latent], 2)
+        if self.geometry.qk_norm:
+            normed = self.normed(qk[0])
+            qk = list(torch.split(normed, [w.q, w.k], 2)) if apart else [normed]
+        return qk, values, latent
 
-        Joined by a Concat of whole heads: a Gather of columns was ten times slower in prefill.
-        """
-        return [head for head in heads for _ in range(self.geometry.groups)]
+    def joined(self, qk: list[Tensor]) -> Tensor:
+        """q and k as 2H heads."""
+        return torch.cat([qk[0], *qk[1:] * self.geometry.groups], 2) if len(qk) > 1 else qk[0]
+
+    def repeated(self, x: Tensor) -> Tensor:
+        """x of G heads for all H heads."""
+        return torch.cat([x] * self.geometry.groups, 2) if self.geometry.groups > 1 else x
 
     def normed(self, qk: Tensor) -> Tensor:
         g, eps = self.geometry, self.geometry.rms_norm_eps
@@ -190,42 +213,44 @@ class StepLayer(nn.Module):
         heads = _op("SimplifiedLayerNormalization", [heads, self.unit_gamma], shape, axis=-1, epsilon=eps)
         return self.reshape(heads * self.qk_gamma, self.to_columns, list(qk.shape))
 
-    def rotated(self, qk: Tensor, extra: dict[str, Tensor]) -> Tensor:
-        shape = [*qk.shape[:2], self.geometry.num_heads + self.geometry.num_kv_heads, self.geometry.head_dim]
-        heads = self.reshape(qk, self.to_group_heads, shape)
-        heads = rotate(heads, extra["rotary_cos"][:, None], extra["rotary_sin"][:, None])
-        return self.reshape(heads, self.to_columns, list(qk.shape))
+    def rotated(self, x: Tensor, extra: dict[str, Tensor]) -> Tensor:
+        """Rotary embedding at the tokens' positions; cos and sin are [T, d/2]."""
+        d = self.geometry.head_dim
+        inputs = [x, self.first, extra["rotary_cos"], extra["rotary_sin"]]
+        shape, heads = list(x.shape), x.shape[2] // d
+        return _op(
+            "com.microsoft::RotaryEmbedding", inputs, shape, num_heads=int(heads), rotary_embedding_dim=d
+        )
 
-    def window(
-        self, qk: Tensor, v: Sequence[Tensor], extra: dict[str, Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """sigmoid(omega) [N_w, Z_w] as [B,T,H,d+1], and keys and values to remember.
+    def window(self, q: Tensor, k: Tensor, values: Tensor, extra: dict[str, Tensor]) -> list[Tensor]:
+        """sigmoid(omega) [N_w, Z_w] as [B,T,H,d+1], and the keys and values to remember.
 
-        Keys are kept un-rotated and rotated at their place in the buffer: scores depend on distances alone,
-        so positions never grow, however long the text.
+        q, k rotated, values [v, 1] by head. Scores depend on the distance of positions alone.
         """
-        g, c = self.geometry, self.config
-        H, G, d, past = g.num_heads, g.num_kv_heads, g.head_dim, c.window - 1
-        B, T = qk.shape[0], qk.shape[1]
-        mask = extra["window_mask"]  # [T,P+T]
-        heads = self.reshape(qk, self.to_group_heads, [B, T, H + G, d]).transpose(1, 2)
-        q, k = torch.split(heads, [H, G], 1)
-        v_heads = self.reshape(torch.cat(list(v), 2), self.to_values, [B, T, G, d + 1]).transpose(1, 2)[
-            ..., :d
+        g, past = self.geometry, self.config.window - 1
+        H, G, d = g.num_heads, g.num_kv_heads, g.head_dim
+        B, T = q.shape[0], q.shape[1]
+        rows = T * g.groups
+        queries = self.reshape(q, self.to_group_queries, [B, rows, G * d]) if g.groups > 1 else q
+        stored = [extra["window_key"], extra["window_value"]] if past else []
+        out, keys, seen, weights = _ops(
+            "Attention",
+            [queries, k, values, extra["window_mask"], *stored],
+            [[B, rows, G * (d + 1)], [B, G, past + T, d], [B, G, past + T, d + 1], [B, G, rows, past + T]],
+            q_num_heads=G,
+            kv_num_heads=G,
+            qk_matmul_output_mode=3,  # the weights
+            scale=d**-0.5,
+        )
+        top = _op("ReduceMax", [weights, self.last_axis], [B, G, rows], keepdims=0)  # 1 / Z_w
+        top = self.reshape(top.transpose(1, 2), self.to_head_tops, [B, T, H, 1])
+        near = self.reshape(out, self.to_value_heads, [B, T, H, d + 1]) * (self.window_share / top)
+        ends = (extra["tokens"], self.end, self.slots)
+        shapes = [[B, G, past, d], [B, G, past, d + 1]]
+        remembered = [
+            _op("Slice", [x, *ends], shape) for x, shape in zip((keys, seen), shapes, strict=True) if past
         ]
-        if past:
-            k = torch.cat([extra["window_key"], k], 2)
-            v_heads = torch.cat([extra["window_value"], v_heads], 2)
-        keys, values = k[:, :, T:], v_heads[:, :, T:]
-        q = rotate(q, extra["query_cos"], extra["query_sin"])  # carries the scale d^-1/2
-        k = rotate(k, extra["key_cos"], extra["key_sin"])
-        if G != H:
-            repeat = self.head_repeat
-            k, v_heads = k.index_select(1, repeat), v_heads.index_select(1, repeat)
-        scores = q @ k.transpose(2, 3) + mask
-        weights = (scores - scores.amax(-1, keepdim=True)).exp()
-        both = torch.cat([weights @ v_heads, weights.sum(-1, keepdim=True)], -1)  # [B,H,T,d+1]
-        return (both * self.window_share).transpose(1, 2), keys, values
+        return [near, *remembered]
 
     def product(self, name: str, x: Tensor, width: int) -> Tensor:
         return _op("lawcat::Product", [x], [*x.shape[:-1], width], name=name)
@@ -244,41 +269,30 @@ class StepLayer(nn.Module):
         return total, normed
 
     def reshape(self, x: Tensor, target: Tensor, shape: list[Any]) -> Tensor:
-        """One Reshape with a constant target (0 keeps a dimension), which torch's own would compute."""
+        """One Reshape with a constant target, which torch's own would compute."""
         return _op("Reshape", [x, target], shape)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding in Llama's half-split layout; cos and sin broadcast against x."""
-    left, right = x.chunk(2, -1)
-    return x * cos + torch.cat([-right, left], -1) * sin
-
-
-WINDOW_INPUTS = ("key_cos", "key_sin", "query_cos", "query_sin", "window_mask")
+WINDOW_INPUTS = ("window_mask", "tokens")
 
 
 class WindowInputs(nn.Module):
-    """What all layers' windows share: rotary tables at local positions and the mask, from T and the fill."""
-
-    inv_freq: Tensor
+    """What all layers' windows share, from T and the fill."""
 
     def __init__(self, geometry: Geometry, config: LawcatConfig) -> None:
         super().__init__()
-        self.past = config.window - 1
-        self.scale = geometry.head_dim**-0.5
-        inverse = torch.from_numpy(geometry.inv_freq()).float().repeat(2)
-        self.register_buffer("inv_freq", inverse)
+        self.past, self.groups = config.window - 1, geometry.groups
 
-    def forward(self, input_ids: Tensor, window_fill: Tensor) -> tuple[Tensor, ...]:
-        """input_ids [B,T], window_fill [1] -> tables and mask, as in ``WINDOW_INPUTS``.
+    def forward(self, input_ids: Tensor, window_fill: Tensor) -> tuple[Tensor, Tensor]:
+        """input_ids [B,T], window_fill [1] -> as in ``WINDOW_INPUTS``.
 
-        key_cos, key_sin [P+T,d]; query_cos, query_sin [T,d], times d^-1/2; window_mask [T,P+T], 0 or -inf.
+        window_mask [T * H/G, P+T]: 0 or -inf, a row for each query row of the window, H/G rows a token.
+        tokens [1]: T, where the part of old and new keys begins that is remembered.
         """
         T, past = input_ids.shape[1], self.past
-        slot = torch.arange(past + T)
-        angles = slot.to(torch.float32)[:, None] * self.inv_freq
-        row, column = torch.arange(T)[:, None], slot[None]
-        seen = (column >= row) & (column <= row + past) & (column >= past - window_fill)
-        mask = torch.where(seen, 0.0, -torch.inf)
-        cos, sin = angles.cos(), angles.sin()
-        return cos, sin, cos[past:] * self.scale, sin[past:] * self.scale, mask
+        tokens = _op("Shape", [input_ids], [1], start=1, end=2)
+        row = (torch.arange(T)[:, None] + torch.zeros(self.groups, dtype=torch.int64)).reshape(-1, 1)
+        column = torch.arange(past + T)
+        oldest = torch.maximum(row, past - window_fill)
+        seen = (column >= oldest) & (column <= row + past)
+        return torch.where(seen, 0.0, -torch.inf), tokens

@@ -14,8 +14,6 @@ from lawcat_edge.export.step import WINDOW_INPUTS
 from lawcat_edge.export.trace import OPSET, Template
 from lawcat_edge.runtime.bundle import expected_state
 
-_UNUSED_OUTPUTS = {"SkipSimplifiedLayerNormalization": (1, 2)}
-
 
 def stitch(
     layout: Layout,
@@ -31,9 +29,11 @@ def stitch(
     float32, int64 = ir.DataType.FLOAT, ir.DataType.INT64
     ids = g.input("input_ids", int64, ["B", "T"])
     shared: dict[str, ir.Value] = {}
-    if config.rope:
-        for name in ("rotary_cos", "rotary_sin"):
-            shared[f"extra_{name}"] = g.input(name, float32, ["T", geometry.head_dim])
+    if config.rope or config.window:
+        half = [g.constant(np.array([n], np.int64)) for n in (0, geometry.head_dim // 2, 1)]
+        for name in ("rotary_cos", "rotary_sin"):  # both halves of a head turn alike
+            whole = g.input(name, float32, ["T", geometry.head_dim])
+            shared[f"extra_{name}"] = g.node("Slice", [whole, *half], f"{name}/half")
     if window is not None:
         # with a window of one there is no past that could be unfilled
         fill = g.input("window_fill", int64, [1]) if config.window > 1 else g.constant(np.zeros(1, np.int64))
@@ -109,7 +109,8 @@ def instantiate(
             name=f"{prefix}/{number}_{node.op_type}",
         )
         for i, (old, new) in enumerate(zip(node.outputs, copy.outputs, strict=True)):
-            new.name = "" if i in _UNUSED_OUTPUTS.get(node.op_type, ()) else f"{copy.name}:{i}"
+            needed = old.uses() or old.is_graph_output()
+            new.name = f"{copy.name}:{i}" if needed else ""
             values[old] = new
         g.nodes.append(copy)
     return [values[value] for value in template.graph.outputs]

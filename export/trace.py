@@ -18,7 +18,7 @@ from lawcat_edge.config import LawcatConfig
 from lawcat_edge.export.step import WINDOW_INPUTS, StepLayer, WindowInputs
 from lawcat_edge.families import Geometry
 
-OPSET = 21
+OPSET = 23  # the first with Attention
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def trace_layer(geometry: Geometry, config: LawcatConfig) -> Template:
 
 
 def trace_window(geometry: Geometry, config: LawcatConfig) -> Template:
-    """The tables and the mask that all layers share when there is a window."""
+    """The mask that all layers share when there is a window."""
     return _trace_window(*_key(geometry, config))
 
 
@@ -53,20 +53,16 @@ def _trace_layer(geometry: str, config: str) -> Template:
     x, x_dims = torch.zeros(B, T, g.hidden_size), {0: batch, 1: tokens}
     extra: dict[str, torch.Tensor] = {}
     dims: dict[str, Any] = {}
-    if c.rope:
+    if c.rope or c.window:
         for name in ("rotary_cos", "rotary_sin"):
-            extra[name], dims[name] = torch.zeros(T, g.head_dim), {0: tokens}
+            extra[name], dims[name] = torch.zeros(T, g.head_dim // 2), {0: tokens}
     if c.window:
-        for name in ("key_cos", "key_sin", "query_cos", "query_sin"):
-            length = T if name.startswith("query") else P + T
-            extra[name] = torch.zeros(length, g.head_dim)
-            dims[name] = {0: tokens if length == T else tokens + P}
-        extra["window_mask"], dims["window_mask"] = (
-            torch.zeros(T, P + T),
-            {0: tokens, 1: tokens + P if P else tokens},
-        )
-        for name in ("window_key", "window_value") if P else ():
-            extra[name], dims[name] = torch.zeros(B, g.num_kv_heads, P, g.head_dim), {0: batch}
+        rows = g.groups * tokens if g.groups > 1 else tokens
+        extra["window_mask"] = torch.zeros(g.groups * T, P + T)
+        dims["window_mask"] = {0: rows, 1: tokens + P if P else tokens}
+        extra["tokens"], dims["tokens"] = torch.zeros(1, dtype=torch.int64), {}
+        for name, width in (("window_key", g.head_dim), ("window_value", g.head_dim + 1)) if P else ():
+            extra[name], dims[name] = torch.zeros(B, g.num_kv_heads, P, width), {0: batch}
     kwargs = {
         "x": x,
         "h": x.clone(),

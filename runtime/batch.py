@@ -56,7 +56,7 @@ def run(model: Model, prompts: Sequence[Prompt], requests: Sequence[Request]) ->
 
 
 def _key(model: Model, context: Context) -> int:
-    """Texts with the same key can share a step: positions enter the graph only by the inputs named here."""
+    """Texts with the same key can share a step: positions enter the graph only by what is named here."""
     manifest = model.bundle.manifest
     if manifest.rope:
         return context.fed
@@ -64,7 +64,7 @@ def _key(model: Model, context: Context) -> int:
 
 
 def _decode(model: Model, rows: list) -> None:
-    state = State.stack([writer.context.state for writer, _ in rows])
+    state = model.engine.stack([writer.context.state for writer, _ in rows])
     for writer, _ in rows:
         writer.context.state = state  # frees the single ones; the positions below are the group's
     begin = time.perf_counter()

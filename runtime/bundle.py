@@ -21,7 +21,7 @@ from lawcat_edge.runtime.errors import CheckFailed, LawcatError
 from lawcat_edge.runtime.onnx_check import MAX_MODEL_BYTES, ModelSummary, check_model
 
 MANIFEST = "lawcat_bundle.json"
-FORMAT = 1
+FORMAT = 2  # 2: keys of the window are stored rotated, values with their one; query heads in another order
 OPS = ("ort", "onnx", "portable")
 # The graphs a flavour may have, all over one weights file. last: logits of the last position; all: of every
 # position. step and chunk: as last, with B = 1 and a fixed T, for runtimes without dynamic shapes. genai: as
@@ -109,6 +109,11 @@ class Manifest:
     @property
     def rope(self) -> bool:
         return bool(self.lawcat.get("rope", False))
+
+    @property
+    def rotary(self) -> bool:
+        """Whether the graphs take the rotary tables of the tokens' positions."""
+        return self.rope or self.window > 0
 
     @property
     def eos(self) -> list[int]:
@@ -248,7 +253,8 @@ def expected_state(geometry: dict[str, Any], lawcat: dict[str, Any]) -> list[Sta
     """The state tensors the graph contract prescribes, layer by layer.
 
     conv_state [B, 2 H d, K-1] (q channels, then repeated k channels), recurrent_state [B, H, F, d+1],
-    and with a window w: window_key and window_value [B, G, w-1, d].
+    and with a window w: window_key [B, G, w-1, d] (rotated at their positions) and window_value [B, G, w-1, d+1]
+    (the last column is one), newest last. Query heads come in the order 0, g, 2g, .., 1, g+1, .. with g = H / G.
     """
     H, G, d = geometry["num_heads"], geometry["num_kv_heads"], geometry["head_dim"]
     shapes = {
@@ -256,7 +262,8 @@ def expected_state(geometry: dict[str, Any], lawcat: dict[str, Any]) -> list[Sta
         "recurrent_state": (H, 2 * lawcat["feature_dim"], d + 1),
     }
     if lawcat.get("window", 0) > 1:
-        shapes["window_key"] = shapes["window_value"] = (G, lawcat["window"] - 1, d)
+        shapes["window_key"] = (G, lawcat["window"] - 1, d)
+        shapes["window_value"] = (G, lawcat["window"] - 1, d + 1)
     return [
         StateTensor(f"past_key_values.{i}.{kind}", f"present.{i}.{kind}", shape)
         for i in range(geometry["num_layers"])

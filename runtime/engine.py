@@ -151,7 +151,7 @@ class Engine:
             )
             for tensor in manifest.state
         ]
-        self._frequencies = rotary.inverse_frequencies(manifest.geometry) if manifest.rope else None
+        self._frequencies = rotary.inverse_frequencies(manifest.geometry) if manifest.rotary else None
         self._session("last")
         bundle.check_unchanged()
 
@@ -174,6 +174,23 @@ class Engine:
         """The state before any token, zeros, for the graph ``kind``; one for ``last`` is one for ``all``."""
         in_place = self._in_place if kind in _IN_PLACE_KINDS else [False] * len(self._in_place)
         return State(self.bundle.manifest.state, in_place, batch)
+
+    def stack(self, states: Sequence[State]) -> State:
+        """One state of all sequences, at the position of the longest: the others' window keys turn along.
+
+        Scores of a window depend on distances alone. A rotary linear branch has more than keys to turn: stack
+        only sequences of one length there.
+        """
+        joined, row = State.stack(states), 0
+        keys = [i for i, tensor in enumerate(joined.tensors) if tensor.input.endswith(".window_key")]
+        for state in states:
+            rows, ahead = slice(row, row + state.batch), joined.position - state.position
+            if ahead and keys:
+                assert self._frequencies is not None
+                for i in keys:
+                    joined.arrays[i][rows] = rotary.turn(joined.arrays[i][rows], self._frequencies, ahead)
+            row += state.batch
+        return joined
 
     def forward(self, ids: np.ndarray, state: State, all_positions: bool = False) -> np.ndarray:
         """Feed ids [B,T], any T >= 1, updating `state`; logits float32 [B,V] of the last token, or [B,T,V].
@@ -304,7 +321,7 @@ class Engine:
                 raise LawcatError(f"{name} does not take a fixed number of tokens; export the bundle again.")
             B, T = 1, lengths[0]
         inputs: dict[str, tuple[str, tuple[int | None, ...]]] = {"input_ids": ("tensor(int64)", (B, T))}
-        if manifest.rope:
+        if manifest.rotary:
             for key in ("rotary_cos", "rotary_sin"):
                 inputs[key] = ("tensor(float)", (T, manifest.geometry["head_dim"]))
         outputs: dict[str, tuple[str, tuple[int | None, ...]]] = {

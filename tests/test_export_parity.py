@@ -107,6 +107,25 @@ def test_batch_of_texts(tmp_path: Path) -> None:
         assert compare(logits_of(model, tokens[row]), got[row]).rel_err < 3e-5
 
 
+def test_texts_of_different_lengths_share_a_step(tmp_path: Path) -> None:
+    """Stored keys were rotated at each text's own positions; stacked, they turn to those of the longest."""
+    config = LawcatConfig(feature_dim=8, window=6)
+    teacher, model, adapter = make_student(tmp_path / "t", config=config)
+    make_bundle(teacher, model, adapter, tmp_path / "b", verify=False)
+    engine = Engine(Bundle.open(tmp_path / "b"))
+    texts = [np.random.default_rng(length).integers(0, 257, length + 8) for length in (9, 700, 30)]
+    states = [engine.new_state() for _ in texts]
+    for text, state in zip(texts, states, strict=True):
+        engine.prefill(text[:-8], state)
+    state = engine.stack(states)
+    assert state.position == 700
+    for i in range(8):
+        logits = engine.forward(np.array([[text[i - 8]] for text in texts]), state).copy()
+        for row, text in enumerate(texts):
+            reference = logits_of(model, text)[len(text) - 8 + i]
+            assert compare(reference[None], logits[row : row + 1]).rel_err < 3e-5, (i, row)
+
+
 @pytest.mark.parametrize(
     ("scheme", "rel_err", "kl"), [("int8", 0.05, 0.003), ("int8-dynamic", 0.2, 0.02), ("int4", 0.6, 0.3)]
 )

@@ -129,7 +129,9 @@ def _layer(g: _Graph, i: int, x: str, window: int, rope: bool) -> str:
         both = g.op("Concat", [old, key], f"{p}/both", axis=2)
         ends = [g.const([-1]), g.const([1 << 30]), g.const([2])]
         g.op("Slice", [both, *ends], present + "window_key")
-        value = g.op("Concat", [past + "window_value", key], f"{p}/both_v", axis=2)
+        extra = g.op("Slice", [key, g.const([0]), g.const([1]), g.const([3])], f"{p}/extra")
+        value = g.op("Concat", [key, extra], f"{p}/value", axis=3)
+        value = g.op("Concat", [past + "window_value", value], f"{p}/both_v", axis=2)
         g.op("Slice", [value, *ends], present + "window_value")
         seen = g.op("Slice", [both, g.const([0]), g.const([-1]), g.const([2])], f"{p}/seen")
         y = g.op("Add", [y, g.op("Transpose", [seen], f"{p}/seenT", perm=[0, 2, 1, 3])], f"{p}/withw")
@@ -147,7 +149,7 @@ def _model(kind: str, seed: int, window: int, rope: bool, geometry: dict, lawcat
         x = g.op("Slice", [x, g.const([-1]), g.const([1 << 30]), g.const([1])], "last")
     g.op("MatMul", [_norm(g, x, "final"), g.weight("head", D, V, scale=0.6)], "logits")
     inputs = [helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["B", "T"])]
-    if rope:
+    if rope or window:
         inputs += [
             helper.make_tensor_value_info(n, TensorProto.FLOAT, ["T", HEAD])
             for n in ("rotary_cos", "rotary_sin")
