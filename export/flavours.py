@@ -195,7 +195,9 @@ class _Rewriter:
         do = self._do
         x4 = do("Reshape", [x, self._ints(0, 0, heads, size)], path, "heads")
         halves = do("Split", [x4, self._ints(size // 2, size // 2)], path, "halves", outputs=2, axis=3)
-        c, s = (do("Unsqueeze", [table, self._ints(1)], path, name) for table, name in ((cos, "c"), (sin, "s")))
+        c, s = (
+            do("Unsqueeze", [table, self._ints(1)], path, name) for table, name in ((cos, "c"), (sin, "s"))
+        )
         turned = [
             do(op, [do("Mul", [near, c], path, f"{op}c"), do("Mul", [far, s], path, f"{op}s")], path, op)
             for op, near, far in (("Sub", *halves), ("Add", *halves[::-1]))
@@ -208,8 +210,13 @@ class _Rewriter:
             return None
         q, k, v, mask, *past = own
         do, heads = self._do, attributes["kv_num_heads"]
-        apart = [do("Reshape", [x, self._ints(0, 0, heads, -1)], path, f"{n}4") for x, n in ((q, "q"), (k, "k"), (v, "v"))]
-        q, k, v = (do("Transpose", [x], path, n, perm=[0, 2, 1, 3]) for x, n in zip(apart, "qkv", strict=True))
+        apart = [
+            do("Reshape", [x, self._ints(0, 0, heads, -1)], path, f"{n}4")
+            for x, n in ((q, "q"), (k, "k"), (v, "v"))
+        ]
+        q, k, v = (
+            do("Transpose", [x], path, n, perm=[0, 2, 1, 3]) for x, n in zip(apart, "qkv", strict=True)
+        )
         if past:
             k, v = (
                 do("Concat", [old, new], path, name, axis=2)

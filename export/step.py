@@ -51,7 +51,7 @@ class Widths:
 
 
 def head_order(geometry: Geometry) -> np.ndarray:
-    """The teacher's query head at each place of the graph, [H]: heads 0, g, 2g, .., then 1, g + 1, .. (g = H / G)."""
+    """The teacher's query head at each place of the graph, [H]: 0, g, 2g, .., 1, g + 1, .. with g = H / G."""
     return np.arange(geometry.num_heads).reshape(geometry.num_kv_heads, geometry.groups).T.reshape(-1)
 
 
@@ -64,7 +64,9 @@ def _op(kind: str, inputs: list[Tensor], shape: list[Any], **attrs: Any) -> Tens
 def _ops(kind: str, inputs: list[Tensor | None], shapes: list[Any], **attrs: Any) -> Any:
     version = 1 if "::" in kind else None
     dtypes = [torch.float32] * len(shapes)
-    return torch.onnx.ops.symbolic_multi_out(kind, inputs, attrs, dtypes=dtypes, shapes=shapes, version=version)
+    return torch.onnx.ops.symbolic_multi_out(
+        kind, inputs, attrs, dtypes=dtypes, shapes=shapes, version=version
+    )
 
 
 class StepLayer(nn.Module):
@@ -175,7 +177,7 @@ class StepLayer(nn.Module):
         out = self.reshape(out, self.to_value_heads, [B, T, H, d + 1])
         states = [conv_present, recurrent_present]
         if c.window:
-            near, *remembered = self.window(*turned, values, extra)
+            near, *remembered = self.window(turned, values, extra)
             out, states = out + near, states + remembered
         n, z = torch.split(out, [d, 1], 3)
         y = self.reshape(n / (z + self.eps), self.to_columns, [B, T, H * d])
@@ -222,11 +224,12 @@ class StepLayer(nn.Module):
             "com.microsoft::RotaryEmbedding", inputs, shape, num_heads=int(heads), rotary_embedding_dim=d
         )
 
-    def window(self, q: Tensor, k: Tensor, values: Tensor, extra: dict[str, Tensor]) -> list[Tensor]:
+    def window(self, qk: list[Tensor], values: Tensor, extra: dict[str, Tensor]) -> list[Tensor]:
         """sigmoid(omega) [N_w, Z_w] as [B,T,H,d+1], and the keys and values to remember.
 
-        q, k rotated, values [v, 1] by head. Scores depend on the distance of positions alone.
+        qk rotated, values [v, 1] by head. Scores depend on the distance of positions alone.
         """
+        q, k = qk
         g, past = self.geometry, self.config.window - 1
         H, G, d = g.num_heads, g.num_kv_heads, g.head_dim
         B, T = q.shape[0], q.shape[1]

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lawcat_edge.runtime.context import Context, Generation, Result
-from lawcat_edge.runtime.engine import State
 from lawcat_edge.runtime.stats import peak_memory
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from lawcat_edge.runtime.errors import CheckFailed, LawcatError
 from lawcat_edge.runtime.onnx_check import MAX_MODEL_BYTES, ModelSummary, check_model
 
 MANIFEST = "lawcat_bundle.json"
-FORMAT = 2  # 2: keys of the window are stored rotated, values with their one; query heads in another order
+FORMAT = 2  # since 2: the window's keys are rotated, its values have their one, query heads another order
 OPS = ("ort", "onnx", "portable")
 # The graphs a flavour may have, all over one weights file. last: logits of the last position; all: of every
 # position. step and chunk: as last, with B = 1 and a fixed T, for runtimes without dynamic shapes. genai: as
@@ -253,8 +253,9 @@ def expected_state(geometry: dict[str, Any], lawcat: dict[str, Any]) -> list[Sta
     """The state tensors the graph contract prescribes, layer by layer.
 
     conv_state [B, 2 H d, K-1] (q channels, then repeated k channels), recurrent_state [B, H, F, d+1],
-    and with a window w: window_key [B, G, w-1, d] (rotated at their positions) and window_value [B, G, w-1, d+1]
-    (the last column is one), newest last. Query heads come in the order 0, g, 2g, .., 1, g+1, .. with g = H / G.
+    and with a window w: window_key [B, G, w-1, d] (rotated at their positions) and
+    window_value [B, G, w-1, d+1] (the last column is one), newest last. Query heads come in the order
+    0, g, 2g, .., 1, g+1, .. with g = H / G.
     """
     H, G, d = geometry["num_heads"], geometry["num_kv_heads"], geometry["head_dim"]
     shapes = {

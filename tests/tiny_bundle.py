@@ -120,20 +120,33 @@ def _layer(g: _Graph, i: int, x: str, window: int, rope: bool) -> str:
     n = g.op("Slice", [y, g.const([0]), g.const([HEAD]), g.const([3])], f"{p}/n")
     den = g.op("Slice", [y, g.const([HEAD]), g.const([HEAD + 1]), g.const([3])], f"{p}/den")
     y = g.op("Div", [n, g.op("Add", [den, g.const(1e-6, np.float32)], f"{p}/den1")], f"{p}/out4")
-    if window:  # a toy window of one slot: every token also sees the key of the one before
+    if window:  # a toy window of one slot: every token also meets the key of the one before
         assert window == 2
         key = g.op("MatMul", [normed, g.weight(f"{p}.wk", D, G * HEAD)], f"{p}/wk")
         key = g.op("Unsqueeze", [key, g.const([1])], f"{p}/wk4")  # [B,G=1,T,d]
+        near, far = (
+            g.op("Slice", [key, g.const([n]), g.const([n + HEAD // 2]), g.const([3])], f"{p}/half{n}")
+            for n in (0, HEAD // 2)
+        )
+        swapped = g.op("Concat", [g.op("Neg", [far], f"{p}/-far"), near], f"{p}/swapped", axis=3)
+        turned = [
+            g.op("Mul", [part, f"rotary_{name}"], f"{p}/wk_{name}")
+            for part, name in ((key, "cos"), (swapped, "sin"))
+        ]
+        turned_key = g.op("Add", turned, f"{p}/wk_turned")
         fill = g.op("Cast", ["window_fill"], f"{p}/fill", to=TensorProto.FLOAT)
         old = g.op("Mul", [past + "window_key", fill], f"{p}/old")
-        both = g.op("Concat", [old, key], f"{p}/both", axis=2)
+        both = g.op("Concat", [old, turned_key], f"{p}/both", axis=2)
         ends = [g.const([-1]), g.const([1 << 30]), g.const([2])]
         g.op("Slice", [both, *ends], present + "window_key")
-        extra = g.op("Slice", [key, g.const([0]), g.const([1]), g.const([3])], f"{p}/extra")
-        value = g.op("Concat", [key, extra], f"{p}/value", axis=3)
+        one = g.op("Slice", [key, g.const([0]), g.const([1]), g.const([3])], f"{p}/one")
+        value = g.op("Concat", [key, one], f"{p}/value", axis=3)
         value = g.op("Concat", [past + "window_value", value], f"{p}/both_v", axis=2)
         g.op("Slice", [value, *ends], present + "window_value")
-        seen = g.op("Slice", [both, g.const([0]), g.const([-1]), g.const([2])], f"{p}/seen")
+        before = [g.const([0]), g.const([-1]), g.const([2])]
+        pairs = g.op("Mul", [g.op("Slice", [both, *before], f"{p}/seen"), turned_key], f"{p}/pairs")
+        score = g.op("ReduceSum", [pairs, g.const([-1])], f"{p}/score")
+        seen = g.op("Mul", [score, key], f"{p}/scored")
         y = g.op("Add", [y, g.op("Transpose", [seen], f"{p}/seenT", perm=[0, 2, 1, 3])], f"{p}/withw")
     y = g.op("Reshape", [y, g.const([0, 0, width])], f"{p}/out")
     y = g.op("MatMul", [y, g.weight(f"{p}.o", width, D)], f"{p}/o")
