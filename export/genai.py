@@ -4,7 +4,7 @@ It feeds ``input_ids`` and ``position_ids``, and keeps one ``conv_state`` of ran
 ``recurrent_state`` of rank 4 a layer, the same in all layers, zero at the start. ``model.onnx`` fits that
 where there is neither a window nor a rotary linear branch. Where there is one, ``model_genai.onnx`` computes
 ``window_fill`` and the rotary tables from the positions, and carries the keys and values of the window inside
-conv_state: [B, 1, C (K-1) + 2 G (w-1) d], the three tensors one after the other. Its weights are those of
+conv_state: [B, 1, C (K-1) + G (w-1) (2d + 1)], the three tensors one after the other. Its weights are those of
 ``model.onnx.data``, so it costs the size of a graph.
 """
 
@@ -28,7 +28,7 @@ GRAPH = "model_genai.onnx"
 
 def needs_own_graph(config: LawcatConfig) -> bool:
     """Whether model.onnx has inputs that onnxruntime-genai cannot give."""
-    return config.rope or config.window > 1
+    return config.rope or config.window > 0
 
 
 def genai_config(
@@ -90,7 +90,7 @@ def adapt(model: ir.Model, geometry: Geometry, config: LawcatConfig) -> ir.Model
         full = head.constant(np.array([config.window - 1], np.int64))
         fill = head.add("Min", [head.add("Reshape", [first, [1]]), full])
         _replace(inputs["window_fill"], fill)
-    if config.rope:
+    if config.rope or config.window:
         frequencies = rotary.inverse_frequencies(geometry.to_dict())
         table = head.constant(np.concatenate([frequencies, frequencies])[None])
         row = head.add("Reshape", [head.add("Slice", [positions, [0], [1], [0]]), [-1, 1]])

@@ -129,11 +129,11 @@ def _layer(g: _Graph, i: int, x: str, window: int, rope: bool) -> str:
             for n in (0, HEAD // 2)
         )
         swapped = g.op("Concat", [g.op("Neg", [far], f"{p}/-far"), near], f"{p}/swapped", axis=3)
-        turned = [
+        rotated = [
             g.op("Mul", [part, f"rotary_{name}"], f"{p}/wk_{name}")
             for part, name in ((key, "cos"), (swapped, "sin"))
         ]
-        turned_key = g.op("Add", turned, f"{p}/wk_turned")
+        turned_key = g.op("Add", rotated, f"{p}/wk_turned")
         fill = g.op("Cast", ["window_fill"], f"{p}/fill", to=TensorProto.FLOAT)
         old = g.op("Mul", [past + "window_key", fill], f"{p}/old")
         both = g.op("Concat", [old, turned_key], f"{p}/both", axis=2)
