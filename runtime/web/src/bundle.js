@@ -127,7 +127,7 @@ export async function sha256(bytes) {
 
 function checkManifest(manifest) {
   const bad = (what) => new UserError(`${MANIFEST}: ${what}; export or copy the bundle again.`);
-  if (manifest?.format !== 1) {
+  if (manifest?.format !== 2) {
     throw new UserError(`The bundle's format ${manifest?.format} is unknown here; update this page.`);
   }
   const { files, graphs, state, geometry, lawcat, tokens } = manifest;

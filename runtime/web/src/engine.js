@@ -19,7 +19,7 @@ export class Engine {
     engine.manifest = manifest;
     engine.vocabSize = manifest.geometry.vocab_size;
     engine.window = manifest.lawcat.window ?? 0;
-    engine.frequencies = manifest.lawcat.rope ? inverseFrequencies(manifest.geometry) : null;
+    engine.frequencies = manifest.lawcat.rope || engine.window ? inverseFrequencies(manifest.geometry) : null;
     // The portable graph takes memory for every pair of tokens of a chunk.
     engine.chunk = bundle.flavour === "portable" ? 32 : 128;
     const graph = await bundle.read(bundle.graph, progress);
