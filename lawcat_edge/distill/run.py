@@ -111,7 +111,7 @@ def _run(
     if resume and not (checkpoint / "state.json").is_file():
         raise LawcatError(f"There is no checkpoint to resume in {folder}; leave --resume away to start.")
     done = read_progress(checkpoint, facts) if resume else None
-    backend = choose(settings.backend, next(model.parameters()))
+    backend = choose(settings.backend, model.layers[0].self_attn.feature)  # what the operators will choose
     if data:  # a bad file is found now, before an earlier run's folder gives way to this one
         next(sequences(data, tokenizer, settings.seq_len, settings.seed, chat_template=template), None)
     if done is None and accelerator.is_main_process:

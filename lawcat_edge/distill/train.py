@@ -35,6 +35,9 @@ from lawcat_edge.runtime.errors import LawcatError
 
 SMOOTHING = 0.95
 EXPLODED = 10.0  # a smoothed loss this many times its best stops the run
+# Nats a token below which a loss counts as this much: where one task is learned to 0.005 and another rests at
+# 4, a batch that holds more of the other is no explosion.
+LEAST_BEST = {"transfer": 0.0, "finetune": 1.0}
 
 
 class Diverged(LawcatError):  # noqa: N818 (it reads as what happened)
@@ -190,7 +193,7 @@ class StageRun:
                 loss if progress.smoothed == 0 else SMOOTHING * progress.smoothed + (1 - SMOOTHING) * loss
             )
             progress.best = min(progress.best, progress.smoothed)
-            if progress.smoothed > EXPLODED * progress.best:
+            if progress.smoothed > EXPLODED * max(progress.best, LEAST_BEST[self.stage]):
                 raise Diverged(
                     self._message(f"the loss rose to {EXPLODED:g} times its best ({loss:.3g})", layers)
                 )
