@@ -18,7 +18,7 @@ from tiny_bundle import rewrite_manifest
 from lawcat_edge.config import LawcatConfig
 from lawcat_edge.export import mobile
 from lawcat_edge.export.exporter import MIN_ONNXRUNTIME
-from lawcat_edge.runtime import Bundle, Engine, LawcatError, Model
+from lawcat_edge.runtime import Bundle, Engine, LawcatError, Model, rotary
 from lawcat_edge.runtime.bundle import describe_files
 from lawcat_edge.runtime.verify import verify
 
@@ -50,6 +50,12 @@ def greedy(path: Path, manifest: Any, count: int) -> list[int]:
         feeds = {"input_ids": np.array([ids], np.int64), **state}
         if manifest.window > 1:
             feeds["window_fill"] = np.array([min(read, manifest.window - 1)], np.int64)
+        if manifest.rotary:
+            angles = rotary.angles(rotary.inverse_frequencies(manifest.geometry), read, len(ids))
+            feeds |= {
+                "rotary_cos": np.cos(angles).astype(np.float32),
+                "rotary_sin": np.sin(angles).astype(np.float32),
+            }
         out = dict(zip(names, session.run(names, feeds), strict=True))
         read += len(ids)
         state = {tensor.input: out[tensor.output] for tensor in manifest.state}
