@@ -4,8 +4,8 @@ It feeds ``input_ids`` and ``position_ids``, and keeps one ``conv_state`` of ran
 ``recurrent_state`` of rank 4 a layer, the same in all layers, zero at the start. ``model.onnx`` fits that
 where there is neither a window nor a rotary linear branch. Where there is one, ``model_genai.onnx`` computes
 ``window_fill`` and the rotary tables from the positions, and carries the keys and values of the window inside
-conv_state: [B, 1, C (K-1) + G (w-1) (2d + 1)], the three tensors one after the other. Its weights are those
-of ``model.onnx.data``, so it costs the size of a graph.
+conv_state: [B, 1, C (K-1) + G (w-1) (2d + 1)], the three tensors one after the other. Its weights are
+those of ``model.onnx.data``, so it costs the size of a graph.
 """
 
 from __future__ import annotations
