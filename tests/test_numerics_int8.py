@@ -1,0 +1,49 @@
+"""Quantised products on the worst weights there are. Without torch, so that an emulated processor can run it:
+
+qemu-x86_64 -cpu Haswell python -m pytest tests/test_numerics_int8.py      AVX2, no VNNI
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+
+@pytest.mark.parametrize("level", [0, 4])
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("rows", [1, 7])
+def test_quantised_products_do_not_saturate_on_the_worst_weights(bits: int, level: int, rows: int) -> None:
+    """All weights at one end, all activations at one end: the sum is as large as it can be, and right.
+
+    Kernels for processors without VNNI add pairs of products in 16 bits, which is where such sums saturate.
+    """
+    K, N, block = 512, 16, 64
+    top = (1 << bits) - 1
+    for stored in (0, top):
+        width = block * bits // 8
+        packed = np.full((N, K // block, width), stored | (stored << 4) if bits == 4 else stored, np.uint8)
+        scales = np.full((N * K // block,), 0.5, np.float32)
+        nodes = [
+            helper.make_node(
+                "MatMulNBits", ["x", "w", "s"], ["y"], domain="com.microsoft",
+                K=K, N=N, bits=bits, block_size=block, accuracy_level=level,
+            )
+        ]  # fmt: skip
+        graph = helper.make_graph(
+            nodes,
+            "worst",
+            [helper.make_tensor_value_info("x", TensorProto.FLOAT, [rows, K])],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT, [rows, N])],
+            [numpy_helper.from_array(packed, "w"), numpy_helper.from_array(scales, "s")],
+        )
+        opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+        model: onnx.ModelProto = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+        session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        for value in (1.0, -1.0, 1e4, -1e4, 1e30):
+            (got,) = session.run(None, {"x": np.full((rows, K), value, np.float32)})
+            exact = value * 0.5 * (stored - (1 << (bits - 1))) * K
+            assert np.isfinite(got).all()
+            np.testing.assert_allclose(got, exact, rtol=0.01)
