@@ -47,3 +47,21 @@ def test_quantised_products_do_not_saturate_on_the_worst_weights(bits: int, leve
             exact = value * 0.5 * (stored - (1 << (bits - 1))) * K
             assert np.isfinite(got).all()
             np.testing.assert_allclose(got, exact, rtol=0.01)
+
+
+@pytest.mark.parametrize("weight", [-64, 63])
+def test_integer_products_of_seven_bits_are_exact(weight: int) -> None:
+    """What the scheme int8-dynamic uses. With all eight bits (weight 127) an emulated Haswell gives 4,194,176
+    for 8,290,560."""
+    K = 256
+    graph = helper.make_graph(
+        [helper.make_node("MatMulInteger", ["a", "w"], ["y"])],
+        "worst",
+        [helper.make_tensor_value_info("a", TensorProto.UINT8, [4, K])],
+        [helper.make_tensor_value_info("y", TensorProto.INT32, [4, 8])],
+        [numpy_helper.from_array(np.full((K, 8), weight, np.int8), "w")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    (got,) = session.run(None, {"a": np.full((4, K), 255, np.uint8)})
+    assert (got == 255 * weight * K).all()
