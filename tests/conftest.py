@@ -1,0 +1,8 @@
+"""Hypothesis without deadlines: a busy machine is no failure (pytest-timeout catches what hangs)."""
+
+from __future__ import annotations
+
+from hypothesis import settings
+
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
