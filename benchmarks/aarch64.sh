@@ -113,8 +113,10 @@ done
 
 passed=null
 if [ "$tests" = yes ]; then
-    # Left out: the two tests that measure seconds and memory, which here are the emulator's.
-    if (cd "$checkout" && "$folder/bin/python" -m pytest -p no:cacheprovider -o timeout=1800 tests/test_runtime_*.py \
+    # Left out: the two tests that measure seconds and memory, which here are the emulator's. The profile "ci" of
+    # hypothesis sets no deadline for an example.
+    if (cd "$checkout" && "$folder/bin/python" -m pytest -p no:cacheprovider --hypothesis-profile=ci \
+        -o timeout=1800 tests/test_runtime_*.py \
         --deselect tests/test_runtime_model.py::test_importing_the_runner_is_cheap \
         --deselect tests/test_runtime_model.py::test_a_long_prompt_costs_no_more_memory_than_a_short_one); then
         passed=true
