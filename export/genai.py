@@ -92,12 +92,16 @@ def adapt(model: ir.Model, geometry: Geometry, config: LawcatConfig) -> ir.Model
         _replace(inputs["window_fill"], fill)
     if config.rope or config.window:
         frequencies = rotary.inverse_frequencies(geometry.to_dict())
-        table = head.constant(np.concatenate([frequencies, frequencies])[None])
+        turns = np.concatenate([frequencies, frequencies])[None] / (2 * np.pi)
         row = head.add("Reshape", [head.add("Slice", [positions, [0], [1], [0]]), [-1, 1]])
-        # in float64, as the runner does: float32 loses the fraction of a turn at long positions
-        angle = head.add("Mul", [head.add("Cast", [row], to=ir.DataType.DOUBLE), table])
+        # Turns in float64, as the runner does: float32 loses the fraction of a turn at long positions. The
+        # fraction alone goes to Cos and Sin, which onnxruntime 1.25 has for float32 only.
+        turn = head.add("Mul", [head.add("Cast", [row], to=ir.DataType.DOUBLE), head.constant(turns)])
+        part = head.add("Sub", [turn, head.add("Floor", [turn])])
+        angle = head.add("Mul", [part, head.constant(np.array(2 * np.pi))])
+        angle = head.add("Cast", [angle], to=ir.DataType.FLOAT)
         for name, op in (("rotary_cos", "Cos"), ("rotary_sin", "Sin")):
-            _replace(inputs[name], head.add("Cast", [head.add(op, [angle])], to=ir.DataType.FLOAT))
+            _replace(inputs[name], head.add(op, [angle]))
     if config.window > 1:
         states = expected_state(geometry.to_dict(), config.to_dict())
         per_layer = len(states) // geometry.num_layers

@@ -103,7 +103,9 @@ def verify_folder(
     if "genai" in engine.bundle.manifest.graphs[engine.flavour]:
         ends = np.cumsum(pieces) - 1
         rows = genai.replay(folder / engine.bundle.manifest.graphs[engine.flavour]["genai"], ids, pieces)
-        if not np.abs(rows - got[ends]).max() <= 1e-4 * np.abs(got[ends]).max():
+        # Its cosines and sines are float32 ones, which differ in the last bit from the runner's: see above.
+        limit = bound if engine.bundle.manifest.rotary else 1e-4
+        if not np.abs(rows - got[ends]).max() <= limit * np.abs(got[ends]).max():
             raise CheckFailed("The graph for onnxruntime-genai disagrees; this is a bug, please report it.")
     agreement = None
     if reference is not None:

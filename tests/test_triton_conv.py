@@ -114,8 +114,8 @@ def test_without_a_buffer_the_text_starts_here():
     x, taps, W, buffer = inputs(70)
     exact = [a.double().requires_grad_() for a in (x, taps, W)]
     mine = [a.clone().requires_grad_() for a in (x, taps, W)]
-    ref = conv_feature_naive(*exact, torch.zeros_like(buffer).double())[0]
-    phi, after = conv_feature(*mine, backend="triton")
+    ref = conv_feature_naive(exact[0], exact[1], exact[2], torch.zeros_like(buffer).double())[0]
+    phi, after = conv_feature(mine[0], mine[1], mine[2], backend="triton")
     assert after is None
     assert_close("phi", ref, phi, 1e-6)
     weight = torch.randn_like(ref)
