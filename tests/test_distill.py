@@ -120,6 +120,7 @@ def test_a_nan_stops_with_the_layer_and_keeps_the_checkpoint(folder, monkeypatch
 
 def test_an_exploding_loss_stops(folder, monkeypatch):
     monkeypatch.setattr(train, "EXPLODED", 1.5)
+    monkeypatch.setattr(train, "LEAST_BEST", {"transfer": 0.0, "finetune": 0.0})
     monkeypatch.setattr(train, "SMOOTHING", 0.5)
     with pytest.raises(train.Diverged, match="finetune"):
         run(
@@ -127,6 +128,19 @@ def test_an_exploding_loss_stops(folder, monkeypatch):
             "boom",
             SMALL.with_changes({"lr_lora": 900.0, "lr_new": 50.0, "finetune_tokens": 64 * 60, "clip": 0}),
         )
+
+
+def test_a_batch_of_the_harder_task_is_no_explosion(folder, monkeypatch):
+    def uneven(self, ids, weight=None, norm=None):
+        easy = len(steps) % 20 < 10
+        steps.append(easy)
+        loss = sum(p.sum() for p in self.parameters() if p.requires_grad) * 0.0 + (0.005 if easy else 4.0)
+        return loss, {"kl": loss.detach()}
+
+    steps: list[bool] = []
+    monkeypatch.setattr(FinetuneStep, "forward", uneven)
+    run(folder, "uneven", SMALL.with_changes({"finetune_tokens": 64 * 40}))
+    assert len(steps) == 40
 
 
 def test_transfer_gradients_stay_in_their_layer(folder):
