@@ -11,6 +11,7 @@ import numpy as np
 
 from lawcat_edge import __version__
 from lawcat_edge.adapter import Adapter
+from lawcat_edge.calibration.calibrate import Calibration
 from lawcat_edge.calibration.measure import Progress
 from lawcat_edge.calibration.rows import Row, file_name, key_of, sentence
 from lawcat_edge.config import LawcatConfig
@@ -33,6 +34,7 @@ class Bundles:
     out: Path
     resume: bool
     threads: int | None
+    calibration: Calibration
     _open: dict[str, LanguageModel] = field(default_factory=dict)
 
     def export(self, row: Row, name: str, show: Progress) -> dict[str, Any] | None:
@@ -44,7 +46,8 @@ class Bundles:
             row.parts = {"export": {"key": "", "seconds": 0.0, "error": sentence(error)}}
             return None
         folder = self.folder(row.name)
-        key = key_of(self._sources, table.to_dict(), __version__)
+        text = self.calibration.identity if table.static or table.rounding == "gptq" else None
+        key = key_of(self._sources, table.to_dict(), text, __version__)
         mark = folder.with_name(f"{folder.name}.json")
         held = _still_there(folder, mark, key) if self.resume else None
         if held is None:
@@ -54,6 +57,9 @@ class Bundles:
     def _make(self, table: Scheme, folder: Path, mark: Path, key: str, show: Progress) -> dict[str, Any]:
         began = time.perf_counter()
         self.close(folder.name)
+        self.calibration.progress = show
+        if table.rounding == "gptq" and not table.rotate:
+            self.calibration.known.setdefault(False, self.folder("fp32"))
         report = export_bundle(
             self.teacher.weights(),
             self.teacher.geometry,
@@ -66,6 +72,7 @@ class Bundles:
             name=folder.name,
             reference=self._student if table.name == "fp32" else None,  # the others are held against it
             progress=show,
+            **self.calibration.for_export(table),
         )
         made = {"key": key, **_sizes(Bundle.open(folder, check_hashes=False)), "scheme": table.to_dict()}
         made["nodes_per_layer"] = report["nodes_per_layer"]["ort"]

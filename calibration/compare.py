@@ -24,6 +24,7 @@ from lawcat_edge import __version__
 from lawcat_edge.adapter import Adapter
 from lawcat_edge.calibration import measure, peers
 from lawcat_edge.calibration.bundles import Bundles
+from lawcat_edge.calibration.calibrate import Calibration
 from lawcat_edge.calibration.divergence import Losses, text_losses
 from lawcat_edge.calibration.rows import Row, file_name, key_of
 from lawcat_edge.calibration.settings import Settings, Texts
@@ -53,6 +54,7 @@ class Comparison:
         progress: Progress = lambda row, what, done, total: None,
         resume: bool = True,
         gguf: Path | None = None,
+        calibration: Sequence[str] = (),
     ) -> None:
         settings.check()
         if adapter is not None:
@@ -67,8 +69,12 @@ class Comparison:
             else LawcatConfig(feature_dim=teacher.geometry.head_dim // 2)
         )
         self.texts = Texts([str(name) for name in files], teacher.tokenizer_path, self.settings)
+        threads = self.settings.threads
+        calibrated = Calibration(
+            teacher, adapter, self.config, self.out / "calibration", calibration, threads=threads
+        )
         self.bundles = Bundles(
-            teacher, adapter, self.config, self.out / "bundles", resume, self.settings.threads
+            teacher, adapter, self.config, self.out / "bundles", resume, threads, calibrated
         )
         self._teacher: LanguageModel | None = None
 

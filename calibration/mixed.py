@@ -45,7 +45,11 @@ class Sizes:
             "down": (g.hidden_size, g.intermediate_size),
         }
         table = (g.vocab_size, g.hidden_size)
-        total = g.num_layers * sum(_bytes(scheme.products[name], *shape) for name, shape in shapes.items())
+        total = sum(
+            _bytes(scheme.product(name, i), *shape)
+            for i in range(g.num_layers)
+            for name, shape in shapes.items()
+        )
         head, embedding = scheme.products["head"], scheme.embedding.fitted(g.hidden_size)
         if g.tie_embeddings:
             head = head.fitted(g.hidden_size)
@@ -53,17 +57,19 @@ class Sizes:
         if not (g.tie_embeddings and same_table(embedding, head)):
             total += _bytes(head, *table)
         if scheme.rotate and g.tie_embeddings:
-            total += 4 * g.hidden_size**2
+            total += (4 if head.kind == "fp32" else 2) * g.hidden_size**2
         return self.rest + total
 
 
 def _bytes(spec: Product, N: int, K: int) -> int:
     if spec.kind == "fp32":
         return 4 * N * K
-    if spec.kind == "dynamic":
+    if spec.kind in ("dynamic", "static"):
         return N * K + 4 * N
+    if spec.offsets:
+        spec = spec.fitted(K)
     blocks = -(-K // spec.block)
-    return N * blocks * (spec.block * spec.bits // 8 + 4)
+    return N * blocks * (spec.block * spec.bits // 8 + 2 + spec.offsets)
 
 
 def scheme_of(name: str, choice: dict[str, str], rotate: bool) -> Scheme:

@@ -15,8 +15,6 @@ each ``SEGMENT`` tokens. Files of the same graph merge, so texts can be measured
 from __future__ import annotations
 
 import hashlib
-import os
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from lawcat_edge.calibration.histogram import Histogram
-from lawcat_edge.runtime import rotary
+from lawcat_edge.calibration.probes import Probed
 from lawcat_edge.runtime.bundle import Bundle
 from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.runtime.files import read_json, write_json
@@ -34,8 +32,9 @@ FORMAT = 1
 SEGMENT = 512
 """Tokens whose extremes are kept together."""
 LEAST_TOKENS = 1024
-_PRODUCT = re.compile(r"(layers\.\d+/(?:qkv|o|gate_up|down)|head)")
 _BASIS = ("teacher_sha256", "adapter_sha256", "bundle_sha256")
+ROTATED = "fp32-rotated"
+"""Scheme of the bundle on which ranges for schemes with ``rotate`` are measured; others: on fp32."""
 
 
 @dataclass
@@ -63,6 +62,18 @@ class Ranges:
     def check(self, bundle: Bundle) -> None:
         """Raise LawcatError unless this was measured on that bundle."""
         self._same(_basis(bundle), "the bundle at hand")
+
+    def check_export(self, teacher_sha256: str, adapter_sha256: str | None, rotate: bool) -> None:
+        """Raise LawcatError unless these fit an export of that teacher and adapter, in that basis."""
+        basis = self.measured_on
+        if (basis.get("teacher_sha256"), basis.get("adapter_sha256")) != (teacher_sha256, adapter_sha256):
+            raise LawcatError(
+                "These ranges were measured on another teacher or adapter; run lawcat-edge calibrate again."
+            )
+        if (basis.get("scheme") == ROTATED) != rotate:
+            raise LawcatError(
+                "These ranges are of another basis than the scheme's (rotate); calibrate with this --scheme."
+            )
 
     def merge(self, other: Ranges) -> None:
         """Add what another run of the same graph saw. LawcatError for another graph or one text twice."""
@@ -153,24 +164,23 @@ def measure_ranges(
             f"The calibration text holds {texts.size:,} tokens and needs {LEAST_TOKENS:,}; give more text."
         )
     bundle = Bundle.open(folder)
-    graph = _Probed(bundle, threads)
+    graph = Probed(bundle, threads)
     found = Ranges(_basis(bundle), {name: Histogram() for name in graph.probes.values()})
     found.segments = {name: [0.0] * -(-texts.shape[1] // SEGMENT) for name in found.tensors}
-    for row in texts:
-        state = graph.empty_state()
-        for start in range(0, len(row), chunk):
-            if not keep_state:
-                state = graph.empty_state()
-            ids = row[None, start : start + chunk].astype(np.int64)
-            seen, state = graph.run(ids, state, start if keep_state else 0)
-            for name, values in seen.items():
-                found.tensors[name].add(values)
-                at = start // SEGMENT
-                found.segments[name][at] = max(found.segments[name][at], float(np.abs(values).max()))
-            found.tokens += ids.shape[1]
-            progress(found.tokens, texts.size)
-        found.texts.append(hashlib.sha256(np.ascontiguousarray(row, np.int64).tobytes()).hexdigest())
+    for seen in graph.read(texts, chunk, keep_state):
+        at = seen.start // SEGMENT
+        for name, values in seen.tensors.items():
+            found.tensors[name].add(values)
+            found.segments[name][at] = max(found.segments[name][at], float(np.abs(values).max()))
+        found.tokens += seen.tokens
+        progress(found.tokens, texts.size)
+    found.texts = [text_sha256(row) for row in texts]
     return found
+
+
+def text_sha256(row: np.ndarray) -> str:
+    """Of token ids [T]."""
+    return hashlib.sha256(np.ascontiguousarray(row, np.int64).tobytes()).hexdigest()
 
 
 def _basis(bundle: Bundle) -> dict[str, Any]:
@@ -181,68 +191,3 @@ def _basis(bundle: Bundle) -> dict[str, Any]:
         "bundle_sha256": bundle.sha256,
         "scheme": bundle.manifest.scheme,
     }
-
-
-class _Probed:
-    """A bundle's graph of all positions, without its head, with the inputs of the products as outputs."""
-
-    def __init__(self, bundle: Bundle, threads: int | None) -> None:
-        import onnx
-        import onnxruntime
-
-        self.manifest = bundle.manifest
-        if "ort" not in self.manifest.ops:
-            raise LawcatError("Ranges are measured on the graph of --ops ort; export the bundle with it.")
-        model = onnx.load(bundle.path(self.manifest.graphs["ort"]["all"]), load_external_data=False)
-        nodes = [node for node in model.graph.node if _PRODUCT.fullmatch(node.name)]
-        products = {
-            node.name: node.input[0] for node in nodes if node.op_type in ("FusedMatMul", "MatMulNBits")
-        }
-        if len(products) != 4 * self.manifest.num_layers + 1:
-            raise LawcatError(
-                f"The products of {self.manifest.scheme} cannot be watched; calibrate on the fp32 bundle."
-            )
-        self.probes = {tensor: name for name, tensor in products.items()}
-        kept = [value for value in model.graph.output if value.name != "logits"]
-        del model.graph.output[:]
-        model.graph.output.extend(kept)
-        for tensor in self.probes:
-            model.graph.output.append(
-                onnx.helper.make_tensor_value_info(tensor, onnx.TensorProto.FLOAT, None)
-            )
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        if threads is not None:
-            options.intra_op_num_threads = threads
-        options.add_session_config_entry(
-            "session.model_external_initializers_file_folder_path", os.path.abspath(bundle.folder)
-        )
-        self.session = onnxruntime.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
-        self.inputs = {item.name for item in self.session.get_inputs()}
-        self.outputs = [item.name for item in self.session.get_outputs()]
-        self.states = {
-            tensor.output: f"state.{i}"
-            for i, tensor in enumerate(t for t in self.manifest.state if t.input.endswith("recurrent_state"))
-        }
-        self.probes |= self.states
-
-    def empty_state(self) -> dict[str, np.ndarray]:
-        return {t.input: np.zeros((1, *t.shape), np.float32) for t in self.manifest.state}
-
-    def run(
-        self, ids: np.ndarray, state: dict[str, np.ndarray], position: int
-    ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """ids [1,T] -> (what was seen by name, the state after)."""
-        feeds: dict[str, np.ndarray] = {"input_ids": ids, **state}
-        if "window_fill" in self.inputs:
-            feeds["window_fill"] = np.array([min(position, self.manifest.window - 1)], np.int64)
-        if "rotary_cos" in self.inputs:
-            frequencies = rotary.inverse_frequencies(self.manifest.geometry)
-            angle = rotary.angles(frequencies, position, ids.shape[1])
-            feeds["rotary_cos"] = np.cos(angle).astype(np.float32)
-            feeds["rotary_sin"] = np.sin(angle).astype(np.float32)
-        found = dict(zip(self.outputs, self.session.run(self.outputs, feeds), strict=True))
-        after = {tensor.input: found[tensor.output] for tensor in self.manifest.state}
-        return {name: found[tensor] for tensor, name in self.probes.items()}, after

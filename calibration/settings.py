@@ -54,7 +54,7 @@ class Texts:
     """
 
     def __init__(self, files: list[str], tokenizer_path: Path, settings: Settings) -> None:
-        tokenizer: Any = _Named(load_tokenizer(tokenizer_path))
+        tokenizer: Any = Named(load_tokenizer(tokenizer_path))
         self.names = [Path(name).name for name in files]
         self.rows = spread(files, tokenizer, settings.length, settings.samples)
         try:
@@ -92,7 +92,7 @@ def spread(names: list[str], tokenizer: Any, length: int, samples: int) -> np.nd
 
 
 @dataclass(frozen=True)
-class _Named:
+class Named:
     """A tokenizer where a model is asked for."""
 
     tokenizer: Any

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lawcat_edge.export.products import quantise4, quantise8, same_table
+from lawcat_edge.export.products import same_table
 from lawcat_edge.export.rotation import Rotation
+from lawcat_edge.export.rounding import blocked, nearest
 from lawcat_edge.export.schemes import PRODUCTS, Product, Scheme
 from lawcat_edge.model import LawcatModel
 
@@ -30,29 +31,15 @@ def rounded_weight(weight: Tensor, spec: Product) -> Tensor:
     out = np.empty(tuple(weight.shape), np.float32)
     values = weight.detach().float().numpy()
     for at in range(0, len(values), _ROWS):
-        out[at : at + _ROWS] = _round_rows(values[at : at + _ROWS], spec)
+        rows = values[at : at + _ROWS]
+        out[at : at + _ROWS] = nearest(blocked(rows, spec), spec).values()[:, : rows.shape[1]]
     return torch.from_numpy(out)
-
-
-def _round_rows(rows: np.ndarray, spec: Product) -> np.ndarray:
-    n, K = rows.shape
-    if spec.kind == "dynamic":
-        scale = np.maximum(np.abs(rows).max(1, keepdims=True), 1e-30) / ((1 << (spec.bits - 1)) - 1)
-        return np.rint(rows / scale) * scale
-    blocks = np.pad(rows, ((0, 0), (0, -K % spec.block))).reshape(n, -1, spec.block)
-    if spec.bits == 8:
-        codes, scale = quantise8(blocks)
-        found = codes.astype(np.float32) - 128
-    else:
-        packed, scale = quantise4(blocks)
-        found = np.stack([packed & 15, packed >> 4], -1).reshape(blocks.shape).astype(np.float32) - 8
-    return (found * scale[..., None]).reshape(n, -1)[:, :K]
 
 
 def rounded_activation(x: Tensor, spec: Product) -> Tensor:
     """x [..., K] as the product reads it."""
-    if spec.kind == "fp32" or (spec.kind == "nbits" and spec.accuracy == 0):
-        return x
+    if spec.kind in ("fp32", "static") or (spec.kind == "nbits" and spec.accuracy == 0):
+        return x  # a static range is not known here
     width = x.shape[-1]
     block = width if spec.kind == "dynamic" else spec.block
     parts = F.pad(x, (0, -width % block)).unflatten(-1, (-1, block))
@@ -70,6 +57,8 @@ class _Product(nn.Module):
         self.weight, self.spec = self.exact, FP32
 
     def set(self, spec: Product) -> None:
+        if spec.offsets:
+            spec = spec.fitted(self.exact.shape[1])
         self.weight, self.spec = rounded_weight(self.exact, spec), spec
 
     def forward(self, x: Tensor) -> Tensor:
@@ -197,6 +186,9 @@ class Simulated:
         assert scheme.rotate == self.rotate
         for product in PRODUCTS:
             self.set(product, scheme.products[product])
+        for i, own in scheme.layers.items():
+            for product, spec in own.items():
+                self.set(product, spec, [i])
 
     def clear(self) -> None:
         """Everything fp32 again."""

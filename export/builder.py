@@ -19,6 +19,7 @@ class GraphBuilder:
     def __init__(self, tensors: Mapping[str, ir.ExternalTensor]) -> None:
         self._tensors = tensors
         self._initializers: dict[str, ir.Value] = {}
+        self._widened: dict[str, ir.Value] = {}
         self.nodes: list[ir.Node] = []
         self.inputs: list[ir.Value] = []
         self.outputs: list[ir.Value] = []
@@ -33,8 +34,14 @@ class GraphBuilder:
         self.outputs.append(value)
 
     def stored(self, name: str) -> ir.Value:
-        """A tensor of the weights file."""
-        return self.initializer(name, self._tensors[name])
+        """A tensor of the weights file; one in float16 behind a Cast to float32, which loading folds away."""
+        tensor = self._tensors[name]
+        if tensor.dtype != ir.DataType.FLOAT16:
+            return self.initializer(name, tensor)
+        if name not in self._widened:
+            half = self.initializer(name, tensor)
+            self._widened[name] = self.node("Cast", [half], f"folded/{name}", to=ir.DataType.FLOAT)
+        return self._widened[name]
 
     def view(self, name: str, shape: list[int], dtype: ir.DataType | None = None) -> ir.Value:
         """A stored tensor under another shape (and type): the same bytes, not a copy and not a Reshape."""

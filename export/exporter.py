@@ -21,8 +21,8 @@ from lawcat_edge.config import LawcatConfig
 from lawcat_edge.export import genai, mobile
 from lawcat_edge.export.extras import copy_tokenizer, token_ids
 from lawcat_edge.export.flavours import rewrite
-from lawcat_edge.export.layout import Layout
-from lawcat_edge.export.schemes import Scheme, load_scheme
+from lawcat_edge.export.layout import Layout, RounderOf
+from lawcat_edge.export.schemes import PRODUCTS, Scheme, load_scheme
 from lawcat_edge.export.stitch import stitch
 from lawcat_edge.export.trace import trace_layer, trace_window
 from lawcat_edge.export.verify import Agreement, Reference, verify_folder
@@ -57,6 +57,8 @@ def export_bundle(
     verify: bool = True,
     verify_tokens: Sequence[int] | None = None,
     reference: Reference | None = None,
+    ranges: Mapping[str, tuple[float, float]] | None = None,
+    rounder_of: RounderOf | None = None,
     progress: Progress | None = None,
     sign_with: Any | None = None,
 ) -> dict[str, Any]:
@@ -68,6 +70,9 @@ def export_bundle(
     ort_format: also write model.ort, the same model in onnxruntime's own format for mobile apps.
     source: {"teacher", "teacher_sha256", "adapter_sha256"} for the manifest.
     reference: tokens [T] -> logits [T,V] of the torch student; without it the bundle is only run.
+    ranges: (low, high) of what each static product reads, by "layers.3/down" (``calibration.ranges``).
+    rounder_of: chooses the codes of a scheme with rounding "gptq" (``calibration.gptq``); without it they are
+    rounded to nearest.
     progress: called with (what, done, total). sign_with: a key of ``signature.load_private_key``.
 
     Raises CheckFailed when the bundle is further from the reference than the scheme allows, LawcatError for
@@ -84,7 +89,8 @@ def export_bundle(
     tensors = untrained_tensors(geometry, config) if adapter is None else adapter.tensors
     check_adapter(tensors, geometry, config)
     merged = weights if adapter is None else MergedWeights(weights, adapter)
-    layout = Layout(geometry, config, scheme, merged, tensors)
+    layout = Layout(geometry, config, scheme, merged, tensors, dict(ranges or {}), rounder_of)
+    _check_layers(layout)
     out = Path(os.path.abspath(out))
     source = {"teacher": "", "teacher_sha256": "0" * 64, "adapter_sha256": None, **(source or {})}
     report = progress or (lambda what, done, total: None)
@@ -160,6 +166,21 @@ def export_bundle(
             flavour: asdict(agreement) if agreement else None for flavour, agreement in measured.items()
         },
     }
+
+
+def _check_layers(layout: Layout) -> None:
+    scheme, count = layout.scheme, layout.geometry.num_layers
+    beyond = [i for i in scheme.layers if i >= count]
+    if beyond:
+        raise LawcatError(
+            f"The scheme names layer {beyond[0]}, but the model has {count}; correct the scheme."
+        )
+    paths = [(i, name) for i in range(count) for name in PRODUCTS if name != "head"]
+    for i, name in paths:
+        if layout.spec(name, i).kind == "static" and f"layers.{i}/{name}" not in layout.ranges:
+            raise LawcatError(
+                f"The scheme {scheme.name} needs ranges of activations; run lawcat-edge calibrate."
+            )
 
 
 def _store(layout: Layout, folder: Path, fingerprint: str, report: Progress) -> dict[str, ir.ExternalTensor]:
@@ -278,6 +299,8 @@ def _fingerprint(layout: Layout, source: Mapping[str, Any]) -> str:
         layout.geometry.to_dict(),
         layout.config.to_dict(),
         layout.scheme.to_dict(),
+        sorted(layout.ranges.items()),
+        getattr(layout.rounder_of, "sha256", None),
         dict(source),
         _version(),
     ]

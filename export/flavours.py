@@ -99,9 +99,8 @@ class _Rewriter:
 
     def on_MatMulNBits(self, own: Values, attributes: dict[str, Any], path: str) -> list[ir.Value]:  # noqa: N802
         g, N, K, bits, block = self.g, *(attributes[k] for k in ("N", "K", "bits", "block_size"))
-        weights, scale_table = _name(own[1]), _name(own[2])
-        blocks = -(-K // block)
-        scales = g.view(scale_table, [N, blocks, 1])
+        weights, blocks = _name(own[1]), -(-K // block)
+        scales = self._do("Reshape", [own[2], self._ints(N, blocks, 1)], path, "scales")
         if self.flavour == "onnx":
             dtype = ir.DataType.UINT8 if bits == 8 else ir.DataType.UINT4
             codes = g.view(weights, [N, blocks, block], dtype)
@@ -115,18 +114,7 @@ class _Rewriter:
         else:
             codes = self._do("Cast", [own[1]], path, "codes", to=ir.DataType.FLOAT)
             if bits == 4:
-                high = self._do(
-                    "Floor", [self._do("Mul", [codes, self._float(1 / 16)], path, "sixteenth")], path, "high"
-                )
-                low = self._do(
-                    "Sub", [codes, self._do("Mul", [high, self._float(16)], path, "upper")], path, "low"
-                )
-                last = [
-                    self._do("Unsqueeze", [part, self._ints(3)], path, f"last{i}")
-                    for i, part in enumerate((low, high))
-                ]
-                pairs = self._do("Concat", last, path, "pairs", axis=3)
-                codes = self._do("Reshape", [pairs, self._ints(N, blocks, block)], path, "unpacked")
+                codes = self._nibbles(codes, path, self._ints(N, blocks, block))
             centred = self._do("Sub", [codes, self._float(1 << (bits - 1))], path, "centred")
             weight = self._do("Mul", [centred, scales], path, "weight")
         weight = self._do("Reshape", [weight, self._ints(N, blocks * block)], path, "matrix")
@@ -140,20 +128,35 @@ class _Rewriter:
             result = self._do("Add", [result, own[5]], path, "bias")
         return [result]
 
+    def _nibbles(self, bytes_: ir.Value, path: str, shape: ir.Value) -> ir.Value:
+        """Bytes as floats -> the two values in each, low first, in a shape of twice as many."""
+        do = self._do
+        high = do("Floor", [do("Mul", [bytes_, self._float(1 / 16)], path, "sixteenth")], path, "high")
+        low = do("Sub", [bytes_, do("Mul", [high, self._float(16)], path, "upper")], path, "low")
+        ends = [
+            do("Unsqueeze", [part, self._ints(-1)], path, f"end{i}") for i, part in enumerate((low, high))
+        ]
+        return do("Reshape", [do("Concat", ends, path, "pairs", axis=-1), shape], path, "unpacked")
+
     def on_MatMulIntegerToFloat(self, own: Values, attributes: dict[str, Any], path: str) -> list[ir.Value]:  # noqa: N802
-        a, b, a_scale, b_scale, a_zero, b_zero = own
+        a, b, a_scale, b_scale, a_zero, b_zero, *bias = own
         total = self._do("MatMulInteger", [a, b, a_zero, b_zero], path, "integer")
         total = self._do("Cast", [total], path, "float", to=ir.DataType.FLOAT)
-        return [self._do("Mul", [total, self._do("Mul", [b_scale, a_scale], path, "scales")], path, "scaled")]
+        scales = self._do("Mul", [b_scale, a_scale], path, "scales")
+        total = self._do("Mul", [total, scales], path, "scaled")
+        return [self._do("Add", [total, *bias], path, "bias") if bias else total]
 
     def on_GatherBlockQuantized(self, own: Values, attributes: dict[str, Any], path: str) -> list[ir.Value]:  # noqa: N802
         codes, ids, scales = own
-        width, block = _shape(codes)[1], attributes["block_size"]
-        assert attributes["bits"] == 8
+        bits, block = attributes["bits"], attributes["block_size"]
+        width = _shape(codes)[1] * 8 // bits
         rows = self._do("Gather", [codes, ids], path, "codes", axis=0)
         rows = self._do("Cast", [rows], path, "float", to=ir.DataType.FLOAT)
-        rows = self._do("Sub", [rows, self._float(128)], path, "centred")
-        rows = self._do("Reshape", [rows, self._ints(0, 0, width // block, block)], path, "blocks")
+        shape = self._ints(0, 0, width // block, block)
+        if bits == 4:
+            rows = self._nibbles(rows, path, shape)
+        rows = self._do("Sub", [rows, self._float(1 << (bits - 1))], path, "centred")
+        rows = self._do("Reshape", [rows, shape], path, "grouped")
         scale = self._do("Gather", [scales, ids], path, "scales", axis=0)
         scale = self._do("Unsqueeze", [scale, self._ints(3)], path, "scale")
         rows = self._do("Mul", [rows, scale], path, "scaled")

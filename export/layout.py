@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -11,6 +11,7 @@ import numpy as np
 from lawcat_edge.config import LawcatConfig
 from lawcat_edge.export import products
 from lawcat_edge.export.rotation import Rotation
+from lawcat_edge.export.rounding import Rounder
 from lawcat_edge.export.schemes import Product, Scheme
 from lawcat_edge.export.step import Widths, head_order
 from lawcat_edge.export.writer import DataWriter
@@ -18,7 +19,9 @@ from lawcat_edge.families import Geometry
 from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.weights import WeightSource
 
+RounderOf = Callable[[str, Product], Rounder | None]
 _BLOCK_BYTES = 64 << 20  # of float32 rows that are in memory at once
+_WORTH = 1024  # entries from which on half the bytes are worth a node
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,10 @@ class Layout:
     scheme: Scheme
     weights: WeightSource
     adapter: Mapping[str, np.ndarray]
+    ranges: Mapping[str, products.Range] = field(default_factory=dict)
+    """(low, high) of what static products read, by "layers.3/down"."""
+    rounder_of: RounderOf | None = None
+    """Chooses codes by more than the nearest; None for a product that it knows nothing of."""
 
     @cached_property
     def rotation(self) -> Rotation | None:
@@ -51,10 +58,16 @@ class Layout:
             "head": (g.vocab_size, g.hidden_size),
         }[product]
 
-    def spec(self, product: str) -> Product:
+    def spec(self, product: str, layer: int | None = None) -> Product:
         """The scheme's product; that of a tied head has a block that suits the embedding."""
-        spec, g = self.scheme.products[product], self.geometry
+        spec, g = self.scheme.product(product, layer), self.geometry
+        if spec.offsets:  # sums over blocks of the input leave no room for padding
+            spec = spec.fitted(self.shape(product)[1])
         return spec.fitted(g.hidden_size) if product == "head" and g.tie_embeddings else spec
+
+    def rounder(self, path: str, spec: Product) -> Rounder | None:
+        """How the product at path ("layers.3/down", "head") gets its codes; None: to nearest."""
+        return None if self.rounder_of is None or spec.kind == "fp32" else self.rounder_of(path, spec)
 
     @property
     def embedding_spec(self) -> Product:
@@ -72,26 +85,33 @@ class Layout:
     def store_embedding(self, writer: DataWriter) -> None:
         shape = self.geometry.vocab_size, self.geometry.hidden_size
         rows = self._reading("model.embed_tokens.weight", None)
-        products.store(writer, self.embedding_spec, "embedding", rows, *shape)
+        spec = self.embedding_spec
+        rounder = self.rounder("head", spec) if self.shared_table else None
+        products.store(writer, spec, "embedding", rows, *shape, rounder)
 
     def store_head(self, writer: DataWriter) -> None:
         tied = self.geometry.tie_embeddings
         if self.rotation is not None and tied:
             gain = self._get("model.norm.weight")
-            writer.array("head_transform", self.rotation.columns(gain[:, None] * self.rotation.matrix))
+            transform = self.rotation.columns(gain[:, None] * self.rotation.matrix)
+            exact = self.spec("head").kind == "fp32"
+            writer.array("head_transform", transform if exact else transform.astype(np.float16))
         if self.shared_table:
             return
         source = "model.embed_tokens.weight" if tied else "lm_head.weight"
         rows = self._reading(source, None if tied else "model.norm.weight")
-        products.store(writer, self.spec("head"), "head", rows, *self.shape("head"))
+        spec = self.spec("head")
+        products.store(writer, spec, "head", rows, *self.shape("head"), self.rounder("head", spec))
 
     def store_layer(self, writer: DataWriter, i: int) -> None:
         g, prefix = self.geometry, f"layers.{i}."
         rows = {"qkv": self._qkv, "o": self._o, "gate_up": self._gate_up, "down": self._down}
         for product, make in rows.items():
-            products.store(writer, self.spec(product), prefix + product, make(i), *self.shape(product))
+            spec, shape = self.spec(product, i), self.shape(product)
+            rounder = self.rounder(f"layers.{i}/{product}", spec)
+            products.store(writer, spec, prefix + product, make(i), *shape, rounder)
         for name, value in self._small(i).items():
-            writer.array(prefix + name, np.ascontiguousarray(value, np.float32))
+            writer.array(prefix + name, _exact(np.ascontiguousarray(value, np.float32)))
         last = i + 1 == g.num_layers
         following = "model.norm.weight" if last else f"model.layers.{i + 1}.input_layernorm.weight"
         writer.array(prefix + "norm_next", self._gain(following))
@@ -237,3 +257,10 @@ class Layout:
     def _check(name: str, value: np.ndarray) -> None:
         if not np.isfinite(value).all():
             raise LawcatError(f"{name} holds NaN or infinity; take other weights.")
+
+
+def _exact(value: np.ndarray) -> np.ndarray:
+    """In float16 where that loses nothing, as with an adapter that was saved so; else as it is."""
+    with np.errstate(over="ignore"):
+        half = value.astype(np.float16)
+    return half if value.size >= _WORTH and (half.astype(np.float32) == value).all() else value

@@ -6,52 +6,98 @@ unsigned with the zero point 128 that MatMulNBits assumes.
 
 The ``dynamic`` product must be right on processors without VNNI too, where the fast u8 x s8 instruction adds
 two products in 16 bits with saturation. So its weights are unsigned (8 bits; the kernel widens first), or
-signed and within +-63 (7 bits): 2 * 255 * 63 = 32130 stays below 2^15.
+signed and within +-63 (7 bits): 2 * 255 * 63 = 32130 stays below 2^15. So must those of the ``static`` one,
+which differs in one thing: the scale of its activations is a constant, from a range measured beforehand.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
 
 from lawcat_edge.export.builder import MS, GraphBuilder
+from lawcat_edge.export.rounding import OFFSET_STEPS, Codes, Rounder, blocked, nearest
 from lawcat_edge.export.schemes import Product
 from lawcat_edge.export.writer import DataWriter
 
 Rows = Iterable[np.ndarray]
+Range = tuple[float, float]
+_EMPTY = np.empty(0, np.float32)
 
 
-def store(writer: DataWriter, spec: Product, name: str, rows: Rows, N: int, K: int) -> None:
-    """Write the tensors of one product under ``name``."""
+def store(
+    writer: DataWriter,
+    spec: Product,
+    name: str,
+    rows: Rows,
+    N: int,
+    K: int,
+    rounder: Rounder | None = None,
+) -> None:
+    """Write the tensors of one product under ``name``. rounder: instead of rounding to nearest."""
     if spec.kind == "fp32":
         writer.write(f"{name}.weight", ir.DataType.FLOAT, [N, K], rows)
-    elif spec.kind == "nbits":
+        return
+    if spec.kind == "nbits":
         blocks = -(-K // spec.block)
-        scales: list[np.ndarray] = []
         shape = [N, blocks, spec.block * spec.bits // 8]
-        writer.write(f"{name}.q{spec.bits}", ir.DataType.UINT8, shape, _blockwise(rows, spec, scales))
-        writer.array(f"{name}.scales", np.concatenate(scales))
-    else:
-        # MatMulInteger wants [K, N], so this one matrix is transposed in memory, a byte a weight
-        signed = spec.bits == 7
-        weight, scale = np.empty((K, N), np.int8 if signed else np.uint8), np.empty(N, np.float32)
-        at, high, zero = 0, (1 << (spec.bits - 1)) - 1, 0 if signed else 128
-        for block in rows:
-            n = len(block)
-            scale[at : at + n] = np.maximum(np.abs(block).max(1), 1e-30) / high
-            weight[:, at : at + n] = (np.rint(block / scale[at : at + n, None]) + zero).T
-            at += n
-        assert at == N, (name, at, N)
-        writer.array(f"{name}.{'s' if signed else 'u'}8", weight)
-        writer.array(f"{name}.column_scales", scale)
+        parts: list[Codes] = []
+        packed = (_packed(codes, spec) for codes in _coded(rows, spec, rounder, parts))
+        writer.write(f"{name}.q{spec.bits}", ir.DataType.UINT8, shape, packed)
+        writer.array(f"{name}.scales", np.concatenate([part.scales for part in parts]).astype(np.float16))
+        if spec.offsets:
+            steps = [part.offsets * OFFSET_STEPS for part in parts if part.offsets is not None]
+            writer.array(f"{name}.offsets", np.concatenate(steps).astype(np.int8))
+        return
+    # MatMulInteger wants [K, N], so this one matrix is transposed in memory, a byte a weight
+    signed = spec.bits == 7
+    weight, scale = np.empty((K, N), np.int8 if signed else np.uint8), np.empty(N, np.float32)
+    at, zero = 0, 0 if signed else 128
+    for codes in _coded(rows, spec, rounder, []):
+        n = len(codes.codes)
+        scale[at : at + n] = codes.scales[:, 0]
+        weight[:, at : at + n] = (codes.codes[:, 0] + zero).T
+        at += n
+    assert at == N, (name, at, N)
+    writer.array(f"{name}.{'s' if signed else 'u'}8", weight)
+    writer.array(f"{name}.column_scales", scale)
+
+
+def _coded(rows: Rows, spec: Product, rounder: Rounder | None, kept: list[Codes]) -> Iterator[Codes]:
+    """The codes of each block of rows; ``kept`` collects them without the codes themselves."""
+    for block in rows:
+        values = blocked(block, spec)
+        codes = nearest(values, spec) if rounder is None else rounder(values)
+        kept.append(replace(codes, codes=_EMPTY))
+        yield codes
+
+
+def _packed(codes: Codes, spec: Product) -> np.ndarray:
+    """Bytes [n, blocks, bytes]: unsigned, two to a byte where there are 4 bits, low first."""
+    if spec.bits == 8:
+        return (codes.codes + 128).astype(np.uint8)
+    nibbles = (codes.codes + 8).astype(np.uint8)
+    return nibbles[..., ::2] | nibbles[..., 1::2] << 4
 
 
 def emit(
-    g: GraphBuilder, spec: Product, name: str, x: ir.Value, N: int, K: int, bias: str | None, path: str
+    g: GraphBuilder,
+    spec: Product,
+    name: str,
+    x: ir.Value,
+    N: int,
+    K: int,
+    bias: str | None,
+    path: str,
+    seen: Range | None = None,
 ) -> ir.Value:
-    """Nodes for x [..., K] times the stored weights (+ bias), named ``path``; returns [..., N]."""
+    """Nodes for x [..., K] times the stored weights (+ bias), named ``path``; returns [..., N].
+
+    seen: (low, high) of x, which a static product needs.
+    """
     if spec.kind == "nbits":
         inputs: list[ir.Value | None] = [x, g.stored(f"{name}.q{spec.bits}"), g.stored(f"{name}.scales")]
         if bias:
@@ -63,34 +109,65 @@ def emit(
             "block_size": spec.block,
             "accuracy_level": spec.accuracy,
         }
-        return g.node("MatMulNBits", inputs, path, MS, **attributes)
+        if not spec.offsets:
+            return g.node("MatMulNBits", inputs, path, MS, **attributes)
+        y = g.node("MatMulNBits", inputs, f"{path}/codes", MS, **attributes)
+        return g.node("Add", [y, _offsets(g, spec, name, x, K, path)], path)
     if spec.kind == "fp32":
         y = g.node("FusedMatMul", [x, g.stored(f"{name}.weight")], path, MS, transB=1)
         return g.node("Add", [y, g.stored(bias)], f"{path}/bias") if bias else y
+    if spec.kind == "static":
+        assert seen is not None, path
+        scale, zero = input_grid(*seen)
+        scale_in, zero_in = g.scalar(scale), g.scalar(zero)
+        quantised = g.node("QuantizeLinear", [x, scale_in, zero_in], f"{path}/quantise")
+        return _integer(g, spec, name, quantised, scale_in, zero_in, bias, path)
     # Each row is divided by its largest entry: one scale serves all rows, and no row depends on another.
     top = g.node("ReduceMax", [g.node("Abs", [x], f"{path}/abs"), _ints(g, [-1])], f"{path}/top", keepdims=1)
     top = g.node("Max", [top, g.scalar(np.float32(1e-30))], f"{path}/safe")
-    quantised = g.node(
-        "QuantizeLinear",
-        [g.node("Div", [x, top], f"{path}/unit"), g.scalar(np.float32(1 / 127)), g.scalar(np.uint8(128))],
-        f"{path}/quantise",
-    )
-    signed = spec.bits == 7
-    y = g.node(
-        "MatMulIntegerToFloat",
-        [
-            quantised,
-            g.stored(f"{name}.{'s' if signed else 'u'}8"),
-            g.scalar(np.float32(1 / 127)),
-            g.stored(f"{name}.column_scales"),
-            g.scalar(np.uint8(128)),
-            g.scalar(np.int8(0) if signed else np.uint8(128)),
-        ],
-        f"{path}/product",
-        MS,
-    )
+    scale_in, zero_in = g.scalar(np.float32(1 / 127)), g.scalar(np.uint8(128))
+    unit = g.node("Div", [x, top], f"{path}/unit")
+    quantised = g.node("QuantizeLinear", [unit, scale_in, zero_in], f"{path}/quantise")
+    y = _integer(g, spec, name, quantised, scale_in, zero_in, None, f"{path}/product")
     y = g.node("Mul", [y, top], path)
     return g.node("Add", [y, g.stored(bias)], f"{path}/bias") if bias else y
+
+
+def input_grid(low: float, high: float) -> tuple[np.float32, np.uint8]:
+    """Scale and zero point of unsigned 8 bits over a range; zero itself is always exact."""
+    low, high = min(low, 0.0), max(high, 0.0)
+    scale = np.float32(max(high - low, 1e-30) / 255)
+    return scale, np.uint8(min(max(round(-low / float(scale)), 0), 255))
+
+
+def _integer(
+    g: GraphBuilder,
+    spec: Product,
+    name: str,
+    x: ir.Value,
+    scale: ir.Value,
+    zero: ir.Value,
+    bias: str | None,
+    path: str,
+) -> ir.Value:
+    """x, in unsigned bytes, times the stored weights, as floats."""
+    signed = spec.bits == 7
+    weight, columns = g.stored(f"{name}.{'s' if signed else 'u'}8"), g.stored(f"{name}.column_scales")
+    weight_zero = g.scalar(np.int8(0) if signed else np.uint8(128))
+    inputs = [x, weight, scale, columns, zero, weight_zero, *([g.stored(bias)] if bias else [])]
+    return g.node("MatMulIntegerToFloat", inputs, path, MS)
+
+
+def _offsets(g: GraphBuilder, spec: Product, name: str, x: ir.Value, K: int, path: str) -> ir.Value:
+    """What the blocks' offsets add: the sum of x over each block, times offset * scale."""
+    blocks = K // spec.block
+    parts = g.node("Reshape", [x, _ints(g, [0, 0, blocks, spec.block])], f"{path}/blocks")
+    sums = g.node("ReduceSum", [parts, _ints(g, [-1])], f"{path}/sums", keepdims=0)
+    # constants all, so that a runtime folds these three when it loads the model
+    steps = g.node("Cast", [g.stored(f"{name}.offsets")], f"folded/{name}.steps", to=ir.DataType.FLOAT)
+    unit = g.node("Mul", [steps, g.scalar(np.float32(1 / OFFSET_STEPS))], f"folded/{name}.unit")
+    matrix = g.node("Mul", [unit, g.stored(f"{name}.scales")], f"folded/{name}.matrix")
+    return g.node("FusedMatMul", [sums, matrix], f"{path}/offsets", MS, transB=1)
 
 
 def same_table(embedding: Product, head: Product) -> bool:
@@ -113,39 +190,3 @@ def emit_embedding(g: GraphBuilder, spec: Product, name: str, ids: ir.Value, V: 
 
 def _ints(g: GraphBuilder, values: list[int]) -> ir.Value:
     return g.constant(np.array(values, np.int64))
-
-
-def _blockwise(rows: Rows, spec: Product, scales: list[np.ndarray]) -> Iterator[np.ndarray]:
-    """Quantised blocks [n, blocks, bytes]; appends their scales [n, blocks] to ``scales``."""
-    for block in rows:
-        n, K = block.shape
-        padded = -(-K // spec.block) * spec.block
-        if padded != K:
-            block = np.pad(block, ((0, 0), (0, padded - K)))
-        values = block.reshape(n, -1, spec.block)
-        quantised, scale = (quantise8 if spec.bits == 8 else quantise4)(values)
-        scales.append(scale)
-        yield quantised
-
-
-def quantise8(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """values [..., block] -> bytes with zero point 128, and scales [...]."""
-    scale = np.maximum(np.abs(values).max(-1), 1e-30) / np.float32(127)
-    scaled = values * (1 / scale)[..., None]
-    return (np.rint(scaled, out=scaled) + 128).astype(np.uint8), scale.astype(np.float32)
-
-
-def quantise4(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """values [..., block] -> two to a byte, low first, zero point 8, and scales [...].
-
-    The value of largest size takes the code 0 (-8), the end with one more step; then the scale is refitted by
-    least squares to the codes it gave, which costs nothing at run time.
-    """
-    at = np.abs(values).argmax(-1)[..., None]
-    scale = np.take_along_axis(values, at, -1) / np.float32(-8)
-    scale = np.where(scale == 0, np.float32(1), scale)
-    codes = np.clip(np.rint(values / scale), -8, 7)
-    power = (codes * codes).sum(-1, keepdims=True)
-    scale = np.where(power > 0, (values * codes).sum(-1, keepdims=True) / np.maximum(power, 1), scale)
-    bytes_ = (codes + 8).astype(np.uint8)
-    return bytes_[..., ::2] | bytes_[..., 1::2] << 4, scale[..., 0].astype(np.float32)

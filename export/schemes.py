@@ -3,15 +3,21 @@
     {"name": "mine",
      "products": {"qkv": {...}, "o": {...}, "gate_up": {...}, "down": {...}, "head": {...}},
      "embedding": {...},
-     "rotate": true, "max_rel_err": 10, "max_kl": 0.5}
+     "rotate": true, "max_rel_err": 10, "max_kl": 0.5,
+     "rounding": "gptq", "layers": {"0": {"down": {...}}}}
 
-A product is one of
+The last two may be left out: how codes are chosen ("nearest", which is the default, or "gptq", by what a
+calibration text says matters), and products of single layers that differ. A product is one of
 
     {"kind": "fp32"}
     {"kind": "nbits", "bits": 8, "block": 64, "accuracy": 4}
-        MatMulNBits: weights by block, 4 or 8 bits; activations float (accuracy 0) or int8 by block (4)
+        MatMulNBits: weights by block, 4 or 8 bits; activations float (accuracy 0) or int8 by block (4).
+        "offsets": true (4 bits, block 32 or less) lets a block's 16 values lie off zero, a byte a block
     {"kind": "dynamic", "bits": 7}
         MatMulInteger: weights by column (7 bits: signed, fast; 8: unsigned), activations int8 by row
+    {"kind": "static", "bits": 7, "method": "minmax"}
+        the same with one scale for all activations, from a range measured beforehand (``calibration.ranges``
+        has the methods): two nodes instead of seven, and the product for processors that only multiply bytes
 
 The embedding is ``fp32`` or ``nbits``; where it is tied to the head and both are of one kind, they share one
 table. Gates, convolution, feature maps, norms and the state are float32 in every scheme: error in them
@@ -21,7 +27,8 @@ bounds fail an export whose logits are further from torch's than that.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +36,9 @@ from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.runtime.files import read_json
 
 PRODUCTS = ("qkv", "o", "gate_up", "down", "head")
-KINDS = ("fp32", "nbits", "dynamic")
+KINDS = ("fp32", "nbits", "dynamic", "static")
+METHODS = ("minmax", "percentile", "entropy", "mse")
+ROUNDINGS = ("nearest", "gptq")
 
 
 @dataclass(frozen=True)
@@ -40,6 +49,8 @@ class Product:
     bits: int = 8
     block: int = 32
     accuracy: int = 4
+    offsets: bool = False
+    method: str = "minmax"
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -56,9 +67,13 @@ class Product:
                 raise LawcatError(
                     f"{name} of a product must be one of {list(values)}, not {getattr(self, name)!r}."
                 )
+        if type(self.offsets) is not bool or (self.offsets and (self.kind, self.bits) != ("nbits", 4)):
+            raise LawcatError("offsets of a product can be true only where it is nbits with 4 bits.")
+        if self.method not in METHODS:
+            raise LawcatError(f"method of a product must be one of {list(METHODS)}, not {self.method!r}.")
 
     def fitted(self, width: int) -> Product:
-        """The same with the largest block that divides width (a table of embeddings cannot be padded)."""
+        """The same with the largest block that divides width (what has no room for padding)."""
         block = self.block
         while self.kind == "nbits" and width % block:
             if block == 16:
@@ -70,7 +85,8 @@ class Product:
         keys = {
             "fp32": ("kind",),
             "dynamic": ("kind", "bits"),
-            "nbits": ("kind", "bits", "block", "accuracy"),
+            "static": ("kind", "bits", "method"),
+            "nbits": ("kind", "bits", "block", "accuracy", *(("offsets",) if self.offsets else ())),
         }
         return {key: value for key, value in asdict(self).items() if key in keys[self.kind]}
 
@@ -85,22 +101,46 @@ class Scheme:
     max_rel_err: float
     max_kl: float
     rotate: bool = False
+    rounding: str = "nearest"
+    layers: dict[int, dict[str, Product]] = field(default_factory=dict)
+
+    def product(self, name: str, layer: int | None) -> Product:
+        """Of a layer, or of the head (None)."""
+        own = self.layers.get(layer, {}) if layer is not None else {}
+        return own.get(name, self.products[name])
+
+    @property
+    def static(self) -> bool:
+        """Whether any product needs the ranges of its activations."""
+        return any(product.kind == "static" for product in self._all())
+
+    def _all(self) -> Iterator[Product]:
+        yield from self.products.values()
+        for own in self.layers.values():
+            yield from own.values()
 
     def to_dict(self) -> dict[str, Any]:
-        return {
+        data: dict[str, Any] = {
             "name": self.name,
             "products": {name: product.to_dict() for name, product in self.products.items()},
             "embedding": self.embedding.to_dict(),
             "max_rel_err": self.max_rel_err,
             "max_kl": self.max_kl,
             "rotate": self.rotate,
+            "rounding": self.rounding,
         }
+        if self.layers:
+            data["layers"] = {
+                str(i): {name: product.to_dict() for name, product in own.items()}
+                for i, own in self.layers.items()
+            }
+        return data
 
     @classmethod
     def from_dict(cls, data: Any) -> Scheme:
         """Check every field; LawcatError names the first that is wrong."""
         keys = {"name", "products", "embedding", "max_rel_err", "max_kl", "rotate"}
-        if not isinstance(data, dict) or set(data) != keys:
+        if not isinstance(data, dict) or set(data) - {"rounding", "layers"} != keys:
             raise LawcatError(f"A scheme is a JSON object with the keys {', '.join(sorted(keys))}.")
         if not isinstance(data["name"], str) or not 0 < len(data["name"]) <= 64:
             raise LawcatError("The scheme's name must be a text of 1 to 64 characters.")
@@ -111,34 +151,56 @@ class Scheme:
                 raise LawcatError(f"The scheme's {key} must be a positive number, not {data[key]!r}.")
         products = {name: _product(data["products"][name]) for name in PRODUCTS}
         embedding = _product(data["embedding"])
-        if embedding.kind == "dynamic":
-            raise LawcatError("The embedding can be fp32 or nbits; change it in the scheme.")
+        if embedding.kind not in ("fp32", "nbits") or embedding.offsets:
+            raise LawcatError("The embedding can be fp32 or nbits without offsets; change it in the scheme.")
+        if products["head"].kind == "static" or products["head"].offsets:
+            raise LawcatError("The head can be fp32, nbits without offsets or dynamic; change the scheme.")
+        rounding = data.get("rounding", "nearest")
+        if rounding not in ROUNDINGS:
+            raise LawcatError(f"The scheme's rounding must be one of {list(ROUNDINGS)}, not {rounding!r}.")
         if type(data["rotate"]) is not bool:
             raise LawcatError(f"The scheme's rotate must be true or false, not {data['rotate']!r}.")
         bounds = float(data["max_rel_err"]), float(data["max_kl"])
-        return cls(data["name"], products, embedding, *bounds, data["rotate"])
+        layers = _layers(data.get("layers", {}))
+        return cls(data["name"], products, embedding, *bounds, data["rotate"], rounding, layers)
+
+
+def _layers(data: Any) -> dict[int, dict[str, Product]]:
+    body = set(PRODUCTS) - {"head"}
+    wrong = LawcatError('The scheme\'s layers are an object such as {"0": {"down": {"kind": "fp32"}}}.')
+    if not isinstance(data, dict) or not all(i.isdecimal() and len(i) < 6 for i in data):
+        raise wrong
+    if not all(isinstance(own, dict) and set(own) <= body for own in data.values()):
+        raise wrong
+    return {int(i): {name: _product(own[name]) for name in own} for i, own in data.items()}
 
 
 def _product(data: Any) -> Product:
-    if (
-        not isinstance(data, dict)
-        or not set(data) <= {"kind", "bits", "block", "accuracy"}
-        or "kind" not in data
-    ):
+    known = {"kind", "bits", "block", "accuracy", "offsets", "method"}
+    if not isinstance(data, dict) or not set(data) <= known or "kind" not in data:
         raise LawcatError(f"A product is an object such as {{'kind': 'fp32'}}, not {data!r}.")
     return Product(**data)
 
 
 def _table(
-    name: str, body: Product, head: Product, bounds: tuple[float, float], rotate: bool, **own: Product
+    name: str,
+    body: Product,
+    head: Product,
+    bounds: tuple[float, float],
+    rotate: bool,
+    rounding: str = "nearest",
+    **own: Product,
 ) -> Scheme:
     products = {kind: own.get(kind, head if kind == "head" else body) for kind in PRODUCTS}
-    return Scheme(name, products, head, *bounds, rotate)
+    return Scheme(name, products, head, *bounds, rotate, rounding)
 
 
 _FP32 = Product("fp32")
 _INT8 = Product("nbits", 8, 64)
+_INT4 = Product("nbits", 4, 32)
+_INT4_OFFSETS = Product("nbits", 4, 32, offsets=True)
 _DYNAMIC = Product("dynamic", 7)
+_STATIC = Product("static", 7)
 
 # Bounds of the quantised ones only catch what is broken (a wrong tensor costs several nats): how much a
 # scheme costs depends on the adapter, and few tokens with massive activations decide the worst position.
@@ -146,17 +208,22 @@ SCHEMES = {
     "fp32": _table("fp32", _FP32, _FP32, (5e-4, 1e-6), False),
     "int8": _table("int8", _INT8, _INT8, (10.0, 0.5), True),
     "int8-dynamic": _table("int8-dynamic", _DYNAMIC, _INT8, (10.0, 1.5), True, down=_INT8),
-    "int4": _table("int4", Product("nbits", 4, 32), _INT8, (10.0, 3.0), False, qkv=_INT8, o=_INT8),
+    "int8-static": _table("int8-static", _STATIC, _INT8, (10.0, 1.5), True, rounding="gptq", down=_INT8),
+    # q, k and the gate, which steer the state, need 8 bits; the rest does with 4
+    "int4": _table("int4", _INT4_OFFSETS, _INT4, (10.0, 3.0), False, qkv=_INT8, o=_INT4, rounding="gptq"),
 }
 
 
-def load_scheme(name: str) -> Scheme:
-    """A built-in scheme by name, or one from a JSON file."""
+def load_scheme(name: str, rounding: str | None = None) -> Scheme:
+    """A built-in scheme by name, or one from a JSON file; with another rounding where one is given."""
+    if rounding is not None and rounding not in ROUNDINGS:
+        raise LawcatError(f"--rounding must be one of {', '.join(ROUNDINGS)}, not {rounding!r}.")
     if name in SCHEMES:
-        return SCHEMES[name]
-    path = Path(name)
-    if not path.is_file():
+        scheme = SCHEMES[name]
+    elif Path(name).is_file():
+        scheme = Scheme.from_dict(read_json(Path(name)))
+    else:
         raise LawcatError(
             f"There is no scheme {name!r}; choose one of {', '.join(SCHEMES)} or give a JSON file."
         )
-    return Scheme.from_dict(read_json(path))
+    return scheme if rounding is None else replace(scheme, rounding=rounding)

@@ -94,7 +94,8 @@ def instantiate(
             name, (N, K) = f"{prefix}.{kind}", layout.shape(kind)
             bias = f"{name}.bias" if layout.has_bias(kind) else None
             assert own[0] is not None
-            result = products.emit(g, layout.spec(kind), name, own[0], N, K, bias, f"{prefix}/{kind}")
+            path, spec = f"{prefix}/{kind}", layout.spec(kind, layer)
+            result = products.emit(g, spec, name, own[0], N, K, bias, path, layout.ranges.get(path))
             values[node.outputs[0]] = result
             continue
         if node.op_type == "Constant":

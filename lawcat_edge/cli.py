@@ -26,6 +26,7 @@ INTERRUPTED = 130
 COMMANDS = {
     "demo": "The main job on the embedded teacher, start to end.",
     "distill": "Train an adapter: a teacher's attention becomes linear.",
+    "calibrate": "Ranges of activations for fixed 8-bit products.",
     "export": "A teacher and an adapter become a bundle.",
     "verify": "Is a bundle whole, and does it compute what it should?",
     "info": "What a bundle or an adapter is, and where it comes from.",

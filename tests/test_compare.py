@@ -42,9 +42,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         "--text",
         str(text),
         *SMALL,
+        "--calibration",
+        str(text),
     ]
     made = SimpleNamespace(folder=folder, teacher=teacher, text=text, arguments=arguments, out=folder / "out")
-    made.code = cli.run([*arguments, "--out", str(made.out), "--schemes", "fp32,int8,int4,int3"])
+    made.code = cli.run([*arguments, "--out", str(made.out), "--schemes", "fp32,int8,int4,int3,int8-static"])
     made.report = read_json(made.out / "report.json")
     made.rows = {row["name"]: row for row in made.report["rows"]}
     return made
@@ -56,14 +58,24 @@ def settings() -> Settings:
 
 def run(made: SimpleNamespace, out: Path, names: list[str], **options: Any) -> dict[str, Any]:
     adapter = Adapter.load(made.folder / "adapter")
+    options = {"calibration": [str(made.text)], **options}
     return comparing.Comparison(made.teacher, adapter, [made.text], out, settings(), **options).run(
         names, with_peers=False
     )
 
 
 def test_every_row_is_there_with_every_part(made: SimpleNamespace) -> None:
-    assert list(made.rows) == ["fp32", "int8", "int4", "int3", "teacher-fp32", "gguf-q8_0", "gguf-q4_0"]
-    for name in ("fp32", "int8", "int4", "teacher-fp32"):
+    assert list(made.rows) == [
+        "fp32",
+        "int8",
+        "int4",
+        "int3",
+        "int8-static",
+        "teacher-fp32",
+        "gguf-q8_0",
+        "gguf-q4_0",
+    ]
+    for name in ("fp32", "int8", "int4", "int8-static", "teacher-fp32"):
         row = made.rows[name]
         assert not row["errors"], name
         assert row["accuracy"]["tokens"] == 2 * 95
@@ -110,7 +122,7 @@ def test_a_missing_llama_cpp_or_gguf_is_a_row_that_says_so(made: SimpleNamespace
 
 def test_markdown_and_picture(made: SimpleNamespace) -> None:
     text = (made.out / "report.md").read_text()
-    assert text.count("| int8") == 3  # quality, cost, drift
+    assert text.count("| int8 ") == 3  # quality, cost, drift
     assert "report.png" in text
     assert (made.out / "report.png").read_bytes().startswith(b"\x89PNG")
 
@@ -251,7 +263,10 @@ def test_mixed_schemes_are_chosen_exported_and_measured(made: SimpleNamespace, t
 def test_mistakes_end_in_one_sentence_before_anything_is_made(
     made: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: list[str], words: str
 ) -> None:
-    arguments = [a for a in made.arguments if change[0] != "--text" or a not in ("--text", str(made.text))]
+    arguments = list(made.arguments)
+    if change[0] == "--text":
+        at = arguments.index("--text")
+        del arguments[at : at + 2]
     assert cli.run([*arguments, "--out", str(tmp_path / "out"), *change]) == 2
     said = capsys.readouterr().err
     assert words in said

@@ -14,9 +14,9 @@ from exported import logits_of, make_bundle, make_student
 from numpy.testing import assert_allclose
 
 from lawcat_edge.config import LawcatConfig
-from lawcat_edge.export import products
 from lawcat_edge.export.exporter import MIN_ONNXRUNTIME, export_bundle
 from lawcat_edge.export.rotation import Rotation
+from lawcat_edge.export.rounding import nearest
 from lawcat_edge.export.schemes import SCHEMES, Product, Scheme, load_scheme
 from lawcat_edge.export.verify import compare, cut, replay
 from lawcat_edge.export.writer import DataWriter
@@ -160,17 +160,36 @@ def test_rotation_is_orthogonal(width: int) -> None:
         assert_allclose(rotation.columns(x.T), rotation.matrix.T @ x.T, atol=1e-4)
 
 
-def test_quantisers_round_to_the_nearest_step() -> None:
+def test_rounding_is_to_the_nearest_step() -> None:
     values = np.random.default_rng(0).standard_normal((7, 3, 32)).astype(np.float32)
     values[0, 0] = 0
-    codes, scale = products.quantise8(values)
-    back = (codes.astype(np.float32) - 128) * scale[..., None]
-    assert (np.abs(back - values) <= scale[..., None] * 0.5001).all()
-    codes, scale = products.quantise4(values)
-    low, high = (codes & 15).astype(np.float32), (codes >> 4).astype(np.float32)
-    back = (np.stack([low, high], -1).reshape(values.shape) - 8) * scale[..., None]
-    assert np.square(back - values).mean() < 0.012
+    eight = nearest(values, Product("nbits", 8, 32))
+    back = eight.values().reshape(values.shape)
+    # half a step, and what the largest value loses to its scale being a float16
+    assert (np.abs(back - values) <= eight.scales[..., None] * 0.5001 + np.abs(values) * 5e-4).all()
+    four = nearest(values, Product("nbits", 4, 32))
+    back = four.values().reshape(values.shape)
+    assert np.square(back - values).mean() < 0.0095
     assert (back[0, 0] == 0).all()
+    assert four.codes.min() == -8
+    for found in (eight, four):
+        assert (found.scales.astype(np.float16) == found.scales).all()
+
+
+def test_offsets_give_back_weights_that_came_from_4_bits() -> None:
+    """A GGUF in Q4_1 holds blocks of 32 values d * code + m; symmetric codes lose much of that."""
+    generator = np.random.default_rng(0)
+    d, m = generator.random((50, 4, 1)) * 0.01 + 0.01, generator.random((50, 4, 1)) * -0.1 - 0.02
+    codes = generator.integers(0, 16, (50, 4, 32))
+    codes[..., 0], codes[..., 1] = 0, 15
+    values = (codes * d.astype(np.float16) + m.astype(np.float16)).astype(np.float32)
+    values = values[((values.min(-1) < 0) & (values.max(-1) > 0)).all(-1)]
+    assert len(values) > 30
+    lost = {}
+    for offsets in (True, False):
+        found = nearest(values, Product("nbits", 4, 32, offsets=offsets))
+        lost[offsets] = np.square(found.values().reshape(values.shape) - values).mean()
+    assert lost[True] < lost[False] / 100
 
 
 def test_integer_product_cannot_saturate(tmp_path: Path) -> None:

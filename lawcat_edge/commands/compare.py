@@ -23,7 +23,11 @@ def compare(
     adapter: Annotated[Path | None, typer.Option(help="Adapter folder; without it, untrained.")] = None,
     schemes: Annotated[
         str, typer.Option(help="Built-in schemes or JSON files (your tables); fp32 is always measured.")
-    ] = "fp32,int8,int8-dynamic,int4",
+    ] = "fp32,int8,int8-dynamic,int8-static,int4",
+    calibration: Annotated[
+        list[str] | None,
+        typer.Option(help="Text for schemes that are calibrated; without any, the teacher writes it."),
+    ] = None,
     length: Annotated[int, typer.Option(help="Tokens of a sequence, for perplexity and KL.")] = 1024,
     samples: Annotated[int, typer.Option(help="Sequences.")] = 8,
     drift_length: Annotated[
@@ -94,7 +98,7 @@ def compare(
     source = resolve(teacher)
     loaded = Adapter.load(adapter) if adapter is not None else None
     with _progress() as show:
-        run = Comparison(source, loaded, text, out, settings, show, resume, gguf)
+        run = Comparison(source, loaded, text, out, settings, show, resume, gguf, calibration or ())
         if sensitivity or max_kl is not None or max_mb is not None:
             from lawcat_edge.calibration.automatic import Automatic
 

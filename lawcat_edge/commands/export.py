@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from lawcat_edge.runtime.errors import LawcatError
 
 
 def export(
@@ -15,12 +20,23 @@ def export(
     out: Annotated[Path, typer.Option(help="Bundle folder to write; an old bundle there is replaced.")],
     adapter: Annotated[Path | None, typer.Option(help="Adapter folder; without it, untrained.")] = None,
     scheme: Annotated[
-        str, typer.Option(help="fp32, int8, int8-dynamic, int4, or a JSON file (your table).")
+        str, typer.Option(help="fp32, int8, int8-dynamic, int8-static, int4, or a JSON file (your table).")
     ] = "int8",
     ops: Annotated[str, typer.Option(help="Operators, one or several: ort,onnx,portable.")] = "ort",
     ort_format: Annotated[
         bool, typer.Option("--ort-format", help="Also write model.ort and its operators, for mobile apps.")
     ] = False,
+    ranges: Annotated[
+        Path | None, typer.Option(help="Ranges of activations, from lawcat-edge calibrate (int8-static).")
+    ] = None,
+    calibration: Annotated[
+        list[str] | None,
+        typer.Option(help="Text files for schemes that want some; without any, the teacher writes it."),
+    ] = None,
+    rounding: Annotated[
+        str | None,
+        typer.Option(help="nearest or gptq (by what the text says matters); default: the scheme's."),
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Name in the manifest; default: the folder's.")] = None,
     verify: Annotated[bool, typer.Option(help="Replay tokens in onnxruntime against torch.")] = True,
     sign: Annotated[
@@ -37,46 +53,47 @@ def export(
 
       lawcat-edge export smollm2 --adapter adapter --out bundle
 
-      lawcat-edge export ./Llama-3.2-1B --adapter adapter --scheme int4 --ops ort,portable --out bundle
+      lawcat-edge export ./Llama-3.2-1B --adapter adapter --scheme int4 --calibration "*.txt" --out bundle
+
+      lawcat-edge export smollm2 --adapter adapter --scheme int8-static --ranges ranges.json --out bundle
     """
     from lawcat_edge.adapter import Adapter
-    from lawcat_edge.config import LawcatConfig
+    from lawcat_edge.calibration.ranges import Ranges
     from lawcat_edge.export.exporter import export_bundle
     from lawcat_edge.export.schemes import load_scheme
     from lawcat_edge.runtime.signature import load_private_key
     from lawcat_edge.teacher import resolve
 
-    table = load_scheme(scheme)  # before the slow steps
+    table = load_scheme(scheme, rounding)  # before the slow steps
     key = load_private_key(sign) if sign is not None else None
+    measured = Ranges.load(ranges) if ranges is not None else None
+    if measured is not None and not table.static:
+        raise LawcatError(f"The scheme {table.name} uses no ranges; drop --ranges or take int8-static.")
     source = resolve(teacher)
-    loaded = Adapter.load(adapter) if adapter is not None else None
-    if loaded is not None:
-        loaded.check_teacher(source)
-        config = loaded.config
-    else:
-        print("No --adapter: this is an untrained conversion, it will not write sense.", file=sys.stderr)
-        config = LawcatConfig(feature_dim=source.geometry.head_dim // 2)
-    report = export_bundle(
-        source.weights(),
-        source.geometry,
-        config,
-        loaded,
-        out,
-        scheme=table,
-        ops=[op.strip() for op in ops.split(",")],
-        ort_format=ort_format,
-        tokenizer_files=source.folder,
-        source={
-            "teacher": source.name,
-            "teacher_sha256": source.sha256,
-            "adapter_sha256": loaded.sha256 if loaded is not None else None,
-        },
-        name=name,
-        verify=verify,
-        reference=_reference(source, loaded) if verify and loaded is not None else None,
-        progress=_progress,
-        sign_with=key,
-    )
+    loaded, config = student(source, Adapter.load(adapter) if adapter is not None else None)
+    with _needed(table, measured, calibration or [], source, loaded, config) as needed:
+        report = export_bundle(
+            source.weights(),
+            source.geometry,
+            config,
+            loaded,
+            out,
+            scheme=table,
+            ops=[op.strip() for op in ops.split(",")],
+            ort_format=ort_format,
+            tokenizer_files=source.folder,
+            source={
+                "teacher": source.name,
+                "teacher_sha256": source.sha256,
+                "adapter_sha256": loaded.sha256 if loaded is not None else None,
+            },
+            name=name,
+            verify=verify,
+            reference=_reference(source, loaded) if verify and loaded is not None else None,
+            progress=progress,
+            sign_with=key,
+            **needed,
+        )
     if json_:
         print(json.dumps(report))
         return
@@ -89,6 +106,40 @@ def export(
                 f"{flavour} against torch: relative error {parity['rel_err']:.1e}, KL {parity['kl']:.1e}, "
                 f"same best token {parity['top1']:.1%}"
             )
+
+
+def student(source: Any, adapter: Any | None) -> tuple[Any | None, Any]:
+    """The adapter, checked against its teacher, and the layer's settings; without one, a conversion's."""
+    from lawcat_edge.config import LawcatConfig
+
+    if adapter is not None:
+        adapter.check_teacher(source)
+        return adapter, adapter.config
+    print("No --adapter: this is an untrained conversion, it will not write sense.", file=sys.stderr)
+    return None, LawcatConfig(feature_dim=source.geometry.head_dim // 2)
+
+
+@contextlib.contextmanager
+def _needed(
+    table: Any, ranges: Any | None, files: list[str], source: Any, adapter: Any | None, config: Any
+) -> Iterator[dict[str, Any]]:
+    """What the scheme has to know of activations; measured while the export asks for it."""
+    from lawcat_edge.calibration.calibrate import Calibration
+
+    if ranges is not None and not files and table.rounding == "gptq":
+        print("With --ranges and no --calibration, weights are rounded to nearest.", file=sys.stderr)
+        yield Calibration(source, adapter, config, Path()).ranges_for(table, ranges)
+        return
+    wanted = (table.static and ranges is None) or table.rounding == "gptq"
+    if wanted and not files:
+        print(
+            f"The scheme {table.name} is calibrated, and without --calibration the teacher writes the text "
+            "itself: some minutes on a CPU.",
+            file=sys.stderr,
+        )
+    with tempfile.TemporaryDirectory(prefix="lawcat-calibrate-") as folder:
+        run = Calibration(source, adapter, config, Path(folder), files, progress=progress)
+        yield run.for_export(table, ranges)
 
 
 def _reference(source: Any, adapter: Any) -> Any:
@@ -106,7 +157,7 @@ def _reference(source: Any, adapter: Any) -> Any:
     return logits
 
 
-def _progress(what: str, done: int, total: int) -> None:
+def progress(what: str, done: int, total: int) -> None:
     if sys.stderr.isatty():
         end = "\n" if done == total else ""
         print(f"\r{what} {done}/{total} ", end=end, file=sys.stderr, flush=True)

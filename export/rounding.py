@@ -1,0 +1,107 @@
+"""Weights to whole numbers and back: what a product stores, chosen by rounding to nearest.
+
+    weight = scale * (code + offset)
+
+with one scale for each block of a row (one for the whole row where the product is an integer one), and an
+offset only where the product asks for it. Scales are kept in float16 and chosen as such, so that nothing is
+lost when they are written. ``calibration.gptq`` chooses codes by what a text says matters, on the same grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from lawcat_edge.export.schemes import Product
+
+OFFSET_STEPS = 16
+"""Offsets are whole multiples of 1/16 of a scale, in a byte each."""
+_LEAST = np.float32(2.0**-24)  # the smallest float16
+_SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+
+
+@dataclass(frozen=True)
+class Codes:
+    """codes float32 [n, blocks, block], whole numbers; scales float32 [n, blocks]; offsets alike or None."""
+
+    codes: np.ndarray
+    scales: np.ndarray
+    offsets: np.ndarray | None = None
+
+    def values(self) -> np.ndarray:
+        """The weights that these stand for: [n, blocks * block]."""
+        codes = self.codes if self.offsets is None else self.codes + self.offsets[..., None]
+        return (codes * self.scales[..., None]).reshape(len(codes), -1)
+
+
+Rounder = Callable[[np.ndarray], Codes]
+"""values [n, blocks, block] -> their codes; rows do not depend on each other."""
+
+
+def bounds(spec: Product) -> tuple[int, int]:
+    """The smallest and the largest code. 8 and 7 bits are symmetric."""
+    high = (1 << (spec.bits - 1)) - 1
+    return (-high - 1 if spec.bits == 4 else -high), high
+
+
+def blocked(rows: np.ndarray, spec: Product) -> np.ndarray:
+    """rows [n, K] -> [n, blocks, block], filled up with zeros."""
+    n, K = rows.shape
+    block = spec.block if spec.kind == "nbits" else K
+    if K % block:
+        rows = np.pad(rows, ((0, 0), (0, -K % block)))
+    return rows.reshape(n, -1, block)
+
+
+def nearest(values: np.ndarray, spec: Product) -> Codes:
+    """Each value to its nearest code."""
+    found = grid(values, spec)
+    return Codes(rounded(values, found, spec), found.scales, found.offsets)
+
+
+def grid(values: np.ndarray, spec: Product, weight: np.ndarray | None = None) -> Codes:
+    """Scales and offsets for values [n, blocks, block], with codes of no meaning.
+
+    8 and 7 bits: the largest value is the last code. 4 bits: the bound of least squared error, each position
+    weighted by ``weight`` [blocks, block] where it is given. With offsets the codes cover least to most,
+    which gives back a block that was of 16 evenly spaced values before (a GGUF in Q4_1, say).
+    """
+    low, high = bounds(spec)
+    if spec.bits != 4:
+        return Codes(values, stored(np.abs(values).max(-1) / np.float32(high)))
+    if spec.offsets:
+        least, most = np.minimum(values.min(-1), 0), np.maximum(values.max(-1), 0)
+        scale = stored((most - least) / np.float32(15))
+        offset = np.rint((least / scale + 8) * OFFSET_STEPS)
+        return Codes(values, scale, np.clip(offset, -128, 127).astype(np.float32) / OFFSET_STEPS)
+    at = np.abs(values).argmax(-1)[..., None]
+    # the value of largest size takes the end with one more step
+    top = np.take_along_axis(values, at, -1)[..., 0] / np.float32(low)
+    best, chosen = np.full(top.shape, np.inf, np.float32), stored(top)
+    for shrink in _SHRINK:
+        scale = stored(top * np.float32(shrink))
+        codes = np.clip(np.rint(values / scale[..., None]), low, high)
+        mass = codes if weight is None else codes * weight
+        power = (codes * mass).sum(-1)  # the scale that suits these codes best
+        scale = stored(np.where(power > 0, (values * mass).sum(-1) / np.maximum(power, 1e-30), scale))
+        error = (values - codes * scale[..., None]) ** 2
+        error = (error if weight is None else error * weight).sum(-1)
+        better = error < best
+        best, chosen = np.where(better, error, best), np.where(better, scale, chosen)
+    return Codes(values, chosen)
+
+
+def rounded(values: np.ndarray, found: Codes, spec: Product) -> np.ndarray:
+    """The codes nearest to values on a grid."""
+    scaled = values / found.scales[..., None]
+    if found.offsets is not None:
+        scaled -= found.offsets[..., None]
+    return np.clip(np.rint(scaled, out=scaled), *bounds(spec), out=scaled)
+
+
+def stored(scale: np.ndarray) -> np.ndarray:
+    """The nearest float16 that is not zero, as float32."""
+    half = np.asarray(scale, np.float32).astype(np.float16).astype(np.float32)
+    return np.where(half == 0, _LEAST, half)

@@ -1,0 +1,82 @@
+"""``lawcat-edge calibrate``: ranges of activations for fixed 8-bit products, as a small JSON file."""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lawcat_edge.runtime.errors import LawcatError
+
+
+def calibrate(
+    teacher: Annotated[str, typer.Argument(help="Folder, GGUF file, hub id, or smollm2.")],
+    out: Annotated[Path, typer.Option(help="JSON file to write.")],
+    adapter: Annotated[Path | None, typer.Option(help="Adapter folder; without it, untrained.")] = None,
+    text: Annotated[
+        list[str] | None, typer.Option(help="Text files or globs; without any, the teacher writes some.")
+    ] = None,
+    scheme: Annotated[str, typer.Option(help="Scheme that will use the ranges.")] = "int8-static",
+    tokens: Annotated[int, typer.Option(help="Tokens to read (or to sample).")] = 8192,
+    merge: Annotated[
+        list[Path] | None, typer.Option(help="Range files of the same student to add, from other texts.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="Processor threads; default: physical cores.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the text that the teacher writes.")] = 0,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Measure what the products of TEACHER with an adapter read, on the recurrent graph.
+
+    Every text is read in one go, up to 4,096 tokens, since ranges drift with the state. The file says which
+    student it was measured on and is refused for another.
+
+    Examples:
+
+      lawcat-edge calibrate smollm2 --adapter adapter --text "texts/*.txt" --out ranges.json
+
+      lawcat-edge export smollm2 --adapter adapter --scheme int8-static --ranges ranges.json --out bundle
+    """
+    from lawcat_edge.adapter import Adapter
+    from lawcat_edge.calibration.calibrate import Calibration
+    from lawcat_edge.calibration.ranges import Ranges
+    from lawcat_edge.commands.export import progress, student
+    from lawcat_edge.export.schemes import load_scheme
+    from lawcat_edge.teacher import resolve
+
+    table = load_scheme(scheme)
+    if not table.static:
+        raise LawcatError(f"The scheme {table.name} needs no ranges; name one with static products.")
+    others = [Ranges.load(path) for path in merge or ()]
+    source = resolve(teacher)
+    loaded, config = student(source, Adapter.load(adapter) if adapter is not None else None)
+    with tempfile.TemporaryDirectory(prefix="lawcat-calibrate-") as folder:
+        run = Calibration(
+            source, loaded, config, Path(folder), text or (), tokens, threads, seed, progress=progress
+        )
+        ranges = run.ranges(table.rotate)
+    for other in others:
+        ranges.merge(other)
+    ranges.save(out)
+    growth = {name: ranges.growth(name) for name in ranges.tensors}
+    grown = max(growth, key=lambda name: growth[name])
+    report = {
+        "ranges": str(out),
+        "tokens": ranges.tokens,
+        "tensors": len(ranges.tensors),
+        "text": "given" if text else "sampled from the teacher",
+        "most_grown": {"tensor": grown, "factor": growth[grown]},
+        **ranges.measured_on,
+    }
+    if json_:
+        print(json.dumps(report))
+        return
+    if not text:
+        print("No --text: the teacher wrote the text itself.", file=sys.stderr)
+    print(
+        f"{out}: {len(ranges.tensors)} ranges from {ranges.tokens:,} tokens; {grown} grew most along a text, "
+        f"{growth[grown]:.2f} times."
+    )
