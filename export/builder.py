@@ -40,7 +40,9 @@ class GraphBuilder:
             return self.initializer(name, tensor)
         if name not in self._widened:
             half = self.initializer(name, tensor)
-            self._widened[name] = self.node("Cast", [half], f"folded/{name}", to=ir.DataType.FLOAT)
+            wide = self.node("Cast", [half], f"folded/{name}", to=ir.DataType.FLOAT)
+            wide.type, wide.shape = ir.TensorType(ir.DataType.FLOAT), half.shape  # the flavours read its sizes
+            self._widened[name] = wide
         return self._widened[name]
 
     def view(self, name: str, shape: list[int], dtype: ir.DataType | None = None) -> ir.Value:

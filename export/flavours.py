@@ -76,10 +76,13 @@ class _Rewriter:
 
     def _copy(self, node: ir.Node, own: Values, attributes: dict[str, Any]) -> list[ir.Value]:
         assert not node.domain, f"no rule for {node.domain}::{node.op_type}"
-        result = self.g.node(
+        made = self.g.node(
             node.op_type, own, node.name or "", outputs=len(node.outputs), **_plain(attributes)
         )
-        return [result] if len(node.outputs) == 1 else list(result)
+        results = [made] if len(node.outputs) == 1 else list(made)
+        for old, new in zip(node.outputs, results, strict=True):
+            new.type, new.shape = old.type, old.shape  # known for stored tensors alone, whose sizes rules read
+        return results
 
     def _do(self, op: str, inputs: Values, path: str, what: str, **attributes: Any) -> Any:
         return self.g.node(op, inputs, f"{path}/{what}", **attributes)

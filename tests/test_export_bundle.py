@@ -10,10 +10,12 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 from exported import logits_of, make_bundle, make_student
 from numpy.testing import assert_allclose
 
 from lawcat_edge.config import LawcatConfig
+from lawcat_edge.export import layout
 from lawcat_edge.export.exporter import MIN_ONNXRUNTIME, export_bundle
 from lawcat_edge.export.rotation import Rotation
 from lawcat_edge.export.rounding import nearest
@@ -48,6 +50,22 @@ def test_flavours_agree(tmp_path: Path, scheme: str, settings: dict[str, Any]) -
         assert graph.ir_version <= ir_version
         assert {node.domain for node in graph.graph.node} == {""}
         onnx.checker.check_model(str(tmp_path / "b" / f"model_{name}.onnx"), full_check=True)
+
+
+def test_flavours_widen_tensors_stored_in_float16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A published adapter is float16, so its larger tensors are stored so; every flavour reads their sizes."""
+    monkeypatch.setattr(layout, "_WORTH", 1)
+    teacher, model, adapter = make_student(tmp_path / "t", config=LawcatConfig(feature_dim=8, window=5))
+    with torch.no_grad():
+        for name, parameter in model.adapter_parameters().items():
+            parameter.copy_(parameter.half().float())
+            adapter.tensors[name] = parameter.numpy().copy()
+    here = _version(onnxruntime.__version__)
+    known = tuple(op for op in FLAVOURS if _version(MIN_ONNXRUNTIME[op]) <= here)
+    report = make_bundle(teacher, model, adapter, tmp_path / "b", ops=known)
+    assert all(agreement["rel_err"] < 3e-5 for agreement in report["parity"].values()), report["parity"]
+    graph = onnx.load(tmp_path / "b" / "model_portable.onnx", load_external_data=False).graph
+    assert {t.name: t.data_type for t in graph.initializer}["layers.0.conv_taps"] == onnx.TensorProto.FLOAT16
 
 
 def test_every_graph_is_listed_and_replayed(tmp_path: Path) -> None:
