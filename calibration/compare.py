@@ -31,9 +31,9 @@ from lawcat_edge.calibration.settings import Settings, Texts
 from lawcat_edge.config import LawcatConfig
 from lawcat_edge.evaluate.lm import LanguageModel
 from lawcat_edge.export.schemes import SCHEMES
-from lawcat_edge.runtime.engine import physical_cores
 from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.runtime.files import FileLock, sha256_file
+from lawcat_edge.runtime.processor import physical_cores
 from lawcat_edge.teacher import Teacher
 
 PARTS = ("export", "accuracy", "drift", "tasks", "speed")

@@ -192,7 +192,7 @@ def _llama(
 ) -> tuple[Callable[[np.ndarray], Any], Callable[[], None], int, int]:
     import llama_cpp
 
-    from lawcat_edge.runtime.engine import physical_cores
+    from lawcat_edge.runtime.processor import physical_cores
 
     count = threads or physical_cores()
     model = llama_cpp.Llama(file, n_ctx=context, n_threads=count, n_threads_batch=count, verbose=False)

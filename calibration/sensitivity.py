@@ -23,7 +23,7 @@ from lawcat_edge.runtime.errors import LawcatError
 
 CHOICES = {
     "int8": Product("nbits", 8, 64),
-    "int8-dynamic": Product("dynamic", 7),
+    "int8-dynamic": Product("dynamic", 8),
     "int4": Product("nbits", 4, 32),
 }
 LAYER_CHOICE = "int4"

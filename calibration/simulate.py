@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lawcat_edge.export.products import same_table
-from lawcat_edge.export.rotation import Rotation
+from lawcat_edge.export.rotation import Rotation, head_turn, turn
 from lawcat_edge.export.rounding import blocked, nearest
 from lawcat_edge.export.schemes import PRODUCTS, Product, Scheme
 from lawcat_edge.model import LawcatModel
@@ -47,13 +47,21 @@ def rounded_activation(x: Tensor, spec: Product) -> Tensor:
     return ((parts / scale).round() * scale).flatten(-2)[..., :width]
 
 
+def _blockwise(x: Tensor, turn: Tensor) -> Tensor:
+    """Each block of the last axis of x times turn."""
+    return (x.unflatten(-1, (-1, len(turn))) @ turn).flatten(-2)
+
+
 class _Product(nn.Module):
     """A linear layer that can be set to any product. ``reads``: whether it rounds its own input (o and down;
-    the others share one input, which the norm before them rounds)."""
+    the others share one input, which the norm before them rounds), each block of it times ``turn`` first."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, reads: bool) -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, reads: bool, turn: np.ndarray | None = None
+    ) -> None:
         super().__init__()
         self.exact, self.bias, self.reads = weight.detach(), bias, reads
+        self.turn = None if turn is None else torch.from_numpy(turn)
         self.weight, self.spec = self.exact, FP32
 
     def set(self, spec: Product) -> None:
@@ -62,6 +70,8 @@ class _Product(nn.Module):
         self.weight, self.spec = rounded_weight(self.exact, spec), spec
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.turn is not None:
+            x = _blockwise(x, self.turn)
         return F.linear(rounded_activation(x, self.spec) if self.reads else x, self.weight, self.bias)
 
 
@@ -131,10 +141,22 @@ class Simulated:
         for (owner, name), gain in reading.items():
             old = getattr(owner, name)
             setattr(owner, name, _Product(self._reading(old.weight, gain), old.bias, reads=False))
-        for owner, name in ((attn, "o_proj"), (mlp, "down_proj")):
+        down = None
+        if self._rotation is not None:
+            values = torch.from_numpy(head_turn(self.geometry.head_dim))
+            v, o = attn.v_proj, attn.o_proj  # what v turns, o turns back
+            v.exact = v.weight = _blockwise(v.exact.T, values).T.contiguous()
+            if v.bias is not None:
+                v.bias = nn.Parameter(_blockwise(v.bias, values), requires_grad=False)
+            o.weight.copy_(_blockwise(o.weight, values))
+            down = turn(self.geometry.intermediate_size)
+        if down is not None:
+            mlp.down_proj.weight.copy_(_blockwise(mlp.down_proj.weight, torch.from_numpy(down)))
+        for owner, name, own in ((attn, "o_proj", None), (mlp, "down_proj", down)):
             old = getattr(owner, name)
             bias = old.bias if old.bias is None else self._rows(old.bias)
-            setattr(owner, name, _Product(self._rows(old.weight.T).T.contiguous(), bias, reads=True))
+            weight = self._rows(old.weight.T).T.contiguous()
+            setattr(owner, name, _Product(weight, bias, reads=True, turn=own))
         attn.gate_a.copy_(self._reading(attn.gate_a.T, gains[0]).T)
         layer.exact_gate = attn.gate_a.detach().clone()
         for norm in (layer.input_layernorm, layer.post_attention_layernorm):

@@ -41,7 +41,8 @@ class GraphBuilder:
         if name not in self._widened:
             half = self.initializer(name, tensor)
             wide = self.node("Cast", [half], f"folded/{name}", to=ir.DataType.FLOAT)
-            wide.type, wide.shape = ir.TensorType(ir.DataType.FLOAT), half.shape  # the flavours read its sizes
+            # flavours read the sizes
+            wide.type, wide.shape = ir.TensorType(ir.DataType.FLOAT), half.shape
             self._widened[name] = wide
         return self._widened[name]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,10 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     """tokenizer.json, chat_template.jinja and generation_config.json, the last two where there are any."""
     if not (source / "tokenizer.json").is_file():
         raise LawcatError(f"{source} has no tokenizer.json; save the teacher's fast tokenizer there.")
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+    # written without the indentation, which makes more than half of it
+    tokenizer = json.dumps(_optional(source / "tokenizer.json"), separators=(",", ":"), ensure_ascii=False)
+    write_text(target / "tokenizer.json", tokenizer)
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
     if not (target / "tokenizer_config.json").is_file():  # onnxruntime-genai does not start without one

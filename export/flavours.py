@@ -81,7 +81,8 @@ class _Rewriter:
         )
         results = [made] if len(node.outputs) == 1 else list(made)
         for old, new in zip(node.outputs, results, strict=True):
-            new.type, new.shape = old.type, old.shape  # known for stored tensors alone, whose sizes rules read
+            # known for stored tensors alone, whose sizes rules read
+            new.type, new.shape = old.type, old.shape
         return results
 
     def _do(self, op: str, inputs: Values, path: str, what: str, **attributes: Any) -> Any:

@@ -21,7 +21,7 @@ from lawcat_edge.config import LawcatConfig
 from lawcat_edge.families import Geometry
 from lawcat_edge.runtime import rotary
 from lawcat_edge.runtime.bundle import expected_state
-from lawcat_edge.runtime.engine import DEFAULT_CHUNK, PORTABLE_CHUNK
+from lawcat_edge.runtime.engine import PORTABLE_CHUNK, default_chunk
 
 GRAPH = "model_genai.onnx"
 
@@ -53,7 +53,12 @@ def genai_config(
             "context_length": 1 << 20,
             "decoder": {
                 "filename": filename,
-                "session_options": {"log_id": "lawcat-edge", "provider_options": []},
+                # right without VNNI too, where integer products saturate otherwise (see ``products``)
+                "session_options": {
+                    "log_id": "lawcat-edge",
+                    "provider_options": [],
+                    "session.x64quantprecision": "1",
+                },
                 "hidden_size": geometry.hidden_size,
                 "num_hidden_layers": geometry.num_layers,
                 "num_attention_heads": geometry.num_heads,
@@ -72,7 +77,7 @@ def genai_config(
             "max_length": 8192,
             "do_sample": False,
             "past_present_share_buffer": False,
-            "chunk_size": PORTABLE_CHUNK if flavour == "portable" else DEFAULT_CHUNK,
+            "chunk_size": PORTABLE_CHUNK if flavour == "portable" else default_chunk(config.window),
         },
     }
 

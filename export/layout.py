@@ -10,7 +10,7 @@ import numpy as np
 
 from lawcat_edge.config import LawcatConfig
 from lawcat_edge.export import products
-from lawcat_edge.export.rotation import Rotation
+from lawcat_edge.export.rotation import Rotation, head_turn, turn
 from lawcat_edge.export.rounding import Rounder
 from lawcat_edge.export.schemes import Product, Scheme
 from lawcat_edge.export.step import Widths, head_order
@@ -41,6 +41,16 @@ class Layout:
     @cached_property
     def rotation(self) -> Rotation | None:
         return Rotation(self.geometry.hidden_size) if self.scheme.rotate else None
+
+    @cached_property
+    def value_turn(self) -> np.ndarray | None:
+        """Of each head's values [d,d], undone by o."""
+        return head_turn(self.geometry.head_dim) if self.scheme.rotate else None
+
+    @cached_property
+    def down_turn(self) -> np.ndarray | None:
+        """Of each block of down's input, undone by its weights."""
+        return turn(self.geometry.intermediate_size) if self.scheme.rotate else None
 
     @property
     def head_transform(self) -> bool:
@@ -132,13 +142,16 @@ class Layout:
         yield from self._reading(f"{at}k_proj.weight", norm)
         zero = np.zeros((1, g.hidden_size), np.float32)
         for head in range(g.num_kv_heads):  # a zero row after each head: its bias makes the column of ones
-            yield self._head(f"{at}v_proj.weight", head, norm)
+            values = self._head(f"{at}v_proj.weight", head, norm)
+            yield values if self.value_turn is None else self.value_turn.T @ values
             yield zero
         yield self._turned(np.ascontiguousarray(self._new(i, "gate_a").T), norm)
         yield zero
 
     def _o(self, i: int) -> Iterator[np.ndarray]:
-        return self._writing(f"model.layers.{i}.self_attn.o_proj.weight", self._ordered_columns)
+        return self._writing(
+            f"model.layers.{i}.self_attn.o_proj.weight", self.value_turn, self._ordered_columns
+        )
 
     def _gate_up(self, i: int) -> Iterator[np.ndarray]:
         norm = f"model.layers.{i}.post_attention_layernorm.weight"
@@ -146,7 +159,7 @@ class Layout:
         yield from self._reading(f"model.layers.{i}.mlp.up_proj.weight", norm)
 
     def _down(self, i: int) -> Iterator[np.ndarray]:
-        return self._writing(f"model.layers.{i}.mlp.down_proj.weight")
+        return self._writing(f"model.layers.{i}.mlp.down_proj.weight", self.down_turn)
 
     def _reading(self, name: str, norm: str | None) -> Iterator[np.ndarray]:
         """Rows of a weight that reads the residual stream behind ``norm``."""
@@ -158,14 +171,18 @@ class Layout:
             return block
         return self.rotation.rows(block if norm is None else block * self._get(norm))
 
-    def _writing(self, name: str, columns: np.ndarray | None = None) -> Iterator[np.ndarray]:
+    def _writing(
+        self, name: str, turn: np.ndarray | None, columns: np.ndarray | None = None
+    ) -> Iterator[np.ndarray]:
         """Rows of a weight that adds to the residual stream, its columns in another order on wish.
 
-        Rotating them takes all at once.
+        turn: of the blocks of what it reads. Rotating the stream takes all rows at once.
         """
         blocks = self._blocks(name) if self.rotation is None else iter([self._get(name)])
         for block in blocks:
             ordered = block if columns is None else block[:, columns]
+            if turn is not None:
+                ordered = (ordered.reshape(len(ordered), -1, len(turn)) @ turn).reshape(ordered.shape)
             yield ordered if self.rotation is None else np.ascontiguousarray(self.rotation.columns(ordered))
 
     def _head(self, name: str, head: int, norm: str) -> np.ndarray:
@@ -239,7 +256,8 @@ class Layout:
         if g.attention_bias:
             bias[: w.q] = self._get(f"{at}q_proj.bias")[self._ordered_columns]
             bias[w.q : w.q + w.k] = self._get(f"{at}k_proj.bias")
-            values[:, :-1] = self._get(f"{at}v_proj.bias").reshape(g.num_kv_heads, g.head_dim)
+            own = self._get(f"{at}v_proj.bias").reshape(g.num_kv_heads, g.head_dim)
+            values[:, :-1] = own if self.value_turn is None else own @ self.value_turn
         values[:, -1] = bias[-1] = 1
         return bias
 

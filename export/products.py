@@ -4,10 +4,12 @@ Weights arrive as blocks of rows [n, K] float32 (out-features first) and leave t
 product of any size needs the memory of a block, not of the matrix. 8-bit weights are symmetric, stored
 unsigned with the zero point 128 that MatMulNBits assumes.
 
-The ``dynamic`` product must be right on processors without VNNI too, where the fast u8 x s8 instruction adds
-two products in 16 bits with saturation. So its weights are unsigned (8 bits; the kernel widens first), or
-signed and within +-63 (7 bits): 2 * 255 * 63 = 32130 stays below 2^15. So must those of the ``static`` one,
-which differs in one thing: the scale of its activations is a constant, from a range measured beforehand.
+The ``dynamic`` and the ``static`` product multiply unsigned activations by signed weights, which is the fast
+instruction everywhere. Processors without VNNI add two of these products in 16 bits with saturation: 8-bit
+weights are right there because the runner asks onnxruntime to widen them first (session.x64quantprecision,
+which is slower, and has no effect elsewhere). Weights within +-63 (7 bits) are right under any settings:
+2 * 255 * 63 = 32130 stays below 2^15. The two products differ in one thing: the scale of a static one's
+activations is a constant, from a range measured beforehand.
 """
 
 from __future__ import annotations
@@ -53,16 +55,14 @@ def store(
             writer.array(f"{name}.offsets", np.concatenate(steps).astype(np.int8))
         return
     # MatMulInteger wants [K, N], so this one matrix is transposed in memory, a byte a weight
-    signed = spec.bits == 7
-    weight, scale = np.empty((K, N), np.int8 if signed else np.uint8), np.empty(N, np.float32)
-    at, zero = 0, 0 if signed else 128
+    weight, scale, at = np.empty((K, N), np.int8), np.empty(N, np.float32), 0
     for codes in _coded(rows, spec, rounder, []):
         n = len(codes.codes)
         scale[at : at + n] = codes.scales[:, 0]
-        weight[:, at : at + n] = (codes.codes[:, 0] + zero).T
+        weight[:, at : at + n] = codes.codes[:, 0].T
         at += n
     assert at == N, (name, at, N)
-    writer.array(f"{name}.{'s' if signed else 'u'}8", weight)
+    writer.array(f"{name}.s8", weight)
     writer.array(f"{name}.column_scales", scale)
 
 
@@ -121,14 +121,14 @@ def emit(
         scale, zero = input_grid(*seen)
         scale_in, zero_in = g.scalar(scale), g.scalar(zero)
         quantised = g.node("QuantizeLinear", [x, scale_in, zero_in], f"{path}/quantise")
-        return _integer(g, spec, name, quantised, scale_in, zero_in, bias, path)
+        return _integer(g, name, quantised, scale_in, zero_in, bias, path)
     # Each row is divided by its largest entry: one scale serves all rows, and no row depends on another.
     top = g.node("ReduceMax", [g.node("Abs", [x], f"{path}/abs"), _ints(g, [-1])], f"{path}/top", keepdims=1)
     top = g.node("Max", [top, g.scalar(np.float32(1e-30))], f"{path}/safe")
     scale_in, zero_in = g.scalar(np.float32(1 / 127)), g.scalar(np.uint8(128))
     unit = g.node("Div", [x, top], f"{path}/unit")
     quantised = g.node("QuantizeLinear", [unit, scale_in, zero_in], f"{path}/quantise")
-    y = _integer(g, spec, name, quantised, scale_in, zero_in, None, f"{path}/product")
+    y = _integer(g, name, quantised, scale_in, zero_in, None, f"{path}/product")
     y = g.node("Mul", [y, top], path)
     return g.node("Add", [y, g.stored(bias)], f"{path}/bias") if bias else y
 
@@ -142,7 +142,6 @@ def input_grid(low: float, high: float) -> tuple[np.float32, np.uint8]:
 
 def _integer(
     g: GraphBuilder,
-    spec: Product,
     name: str,
     x: ir.Value,
     scale: ir.Value,
@@ -151,10 +150,8 @@ def _integer(
     path: str,
 ) -> ir.Value:
     """x, in unsigned bytes, times the stored weights, as floats."""
-    signed = spec.bits == 7
-    weight, columns = g.stored(f"{name}.{'s' if signed else 'u'}8"), g.stored(f"{name}.column_scales")
-    weight_zero = g.scalar(np.int8(0) if signed else np.uint8(128))
-    inputs = [x, weight, scale, columns, zero, weight_zero, *([g.stored(bias)] if bias else [])]
+    weight, columns = g.stored(f"{name}.s8"), g.stored(f"{name}.column_scales")
+    inputs = [x, weight, scale, columns, zero, None, *([g.stored(bias)] if bias else [])]
     return g.node("MatMulIntegerToFloat", inputs, path, MS)
 
 
@@ -175,6 +172,13 @@ def same_table(embedding: Product, head: Product) -> bool:
     if "fp32" in (embedding.kind, head.kind):
         return embedding.kind == head.kind
     return head.kind == "nbits" and (embedding.bits, embedding.block) == (head.bits, head.block)
+
+
+def emit_turn(g: GraphBuilder, turn: np.ndarray, x: ir.Value, path: str) -> ir.Value:
+    """x [B,T,K], each block of len(turn) columns times ``turn``."""
+    blocks = g.node("Reshape", [x, _ints(g, [0, 0, -1, len(turn)])], f"{path}/blocks")
+    turned = g.node("MatMul", [blocks, g.constant(turn)], f"{path}/turned")
+    return g.node("Reshape", [turned, _ints(g, [0, 0, -1])], path)
 
 
 def emit_embedding(g: GraphBuilder, spec: Product, name: str, ids: ir.Value, V: int, D: int) -> ir.Value:

@@ -14,7 +14,8 @@ calibration text says matters), and products of single layers that differ. A pro
         MatMulNBits: weights by block, 4 or 8 bits; activations float (accuracy 0) or int8 by block (4).
         "offsets": true (4 bits, block 32 or less) lets a block's 16 values lie off zero, a byte a block
     {"kind": "dynamic", "bits": 7}
-        MatMulInteger: weights by column (7 bits: signed, fast; 8: unsigned), activations int8 by row
+        MatMulInteger: weights by column (7 bits are right without VNNI under any settings, see
+        ``products``), activations int8 by row
     {"kind": "static", "bits": 7, "method": "minmax"}
         the same with one scale for all activations, from a range measured beforehand (``calibration.ranges``
         has the methods): two nodes instead of seven, and the product for processors that only multiply bytes
@@ -199,15 +200,15 @@ _FP32 = Product("fp32")
 _INT8 = Product("nbits", 8, 64)
 _INT4 = Product("nbits", 4, 32)
 _INT4_OFFSETS = Product("nbits", 4, 32, offsets=True)
-_DYNAMIC = Product("dynamic", 7)
-_STATIC = Product("static", 7)
+_DYNAMIC = Product("dynamic", 8)
+_STATIC = Product("static", 8)
 
 # Bounds of the quantised ones only catch what is broken (a wrong tensor costs several nats): how much a
 # scheme costs depends on the adapter, and few tokens with massive activations decide the worst position.
 SCHEMES = {
     "fp32": _table("fp32", _FP32, _FP32, (5e-4, 1e-6), False),
     "int8": _table("int8", _INT8, _INT8, (10.0, 0.5), True),
-    "int8-dynamic": _table("int8-dynamic", _DYNAMIC, _INT8, (10.0, 1.5), True, down=_INT8),
+    "int8-dynamic": _table("int8-dynamic", _DYNAMIC, _INT8, (10.0, 1.5), True, rounding="gptq"),
     "int8-static": _table("int8-static", _STATIC, _INT8, (10.0, 1.5), True, rounding="gptq", down=_INT8),
     # q, k and the gate, which steer the state, need 8 bits; the rest does with 4
     "int4": _table("int4", _INT4_OFFSETS, _INT4, (10.0, 3.0), False, qkv=_INT8, o=_INT4, rounding="gptq"),

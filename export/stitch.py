@@ -94,8 +94,10 @@ def instantiate(
             name, (N, K) = f"{prefix}.{kind}", layout.shape(kind)
             bias = f"{name}.bias" if layout.has_bias(kind) else None
             assert own[0] is not None
-            path, spec = f"{prefix}/{kind}", layout.spec(kind, layer)
-            result = products.emit(g, spec, name, own[0], N, K, bias, path, layout.ranges.get(path))
+            path, spec, x = f"{prefix}/{kind}", layout.spec(kind, layer), own[0]
+            if kind == "down" and layout.down_turn is not None:
+                x = products.emit_turn(g, layout.down_turn, x, f"{path}/turn")
+            result = products.emit(g, spec, name, x, N, K, bias, path, layout.ranges.get(path))
             values[node.outputs[0]] = result
             continue
         if node.op_type == "Constant":

@@ -13,7 +13,7 @@ import numpy as np
 from lawcat_edge.runtime import batch
 from lawcat_edge.runtime.bundle import CHAT_TEMPLATE, TOKENIZER, Bundle
 from lawcat_edge.runtime.context import Context, Generation, Mark, Result
-from lawcat_edge.runtime.engine import DEFAULT_CHUNK, Engine
+from lawcat_edge.runtime.engine import Engine
 from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.runtime.sampling import Sampler, SamplingOptions
 from lawcat_edge.runtime.snapshot import Snapshot
@@ -80,7 +80,7 @@ class Model:
         threads: int | None = None,
         check_hashes: bool = True,
         flavour: str | None = None,
-        chunk: int = DEFAULT_CHUNK,
+        chunk: int | None = None,
         public_key: Path | str | None = None,
     ) -> Model:
         """Open the bundle in folder `path`.

@@ -19,7 +19,8 @@ from tiny_bundle import IM_END, V, build_tiny_bundle, rewrite_manifest
 
 from lawcat_edge.runtime import LawcatError, Model, SamplingOptions
 from lawcat_edge.runtime.bundle import Bundle
-from lawcat_edge.runtime.engine import PORTABLE_CHUNK, Engine, State, physical_cores
+from lawcat_edge.runtime.engine import PORTABLE_CHUNK, Engine, State
+from lawcat_edge.runtime.processor import physical_cores, saturates
 from lawcat_edge.runtime.rotary import angles, inverse_frequencies
 from lawcat_edge.runtime.snapshot import Snapshot
 
@@ -496,6 +497,26 @@ def test_rotary_frequencies_are_those_the_model_was_built_with(scaling: dict | N
         rope_scaling=scaling,
     )  # fmt: skip
     np.testing.assert_allclose(inverse_frequencies(geometry.to_dict()), geometry.inv_freq(), rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("machine", "cpuinfo", "expected"),
+    [
+        ("x86_64", "model name : x\nflags\t\t: fpu avx2 avx512f\n", True),
+        ("AMD64", "flags : avx2 avx512_vnni\n", False),
+        ("x86_64", "flags : avx2 avx_vnni\n", False),
+        ("x86_64", "vendor_id : no flags here avx_vnni\n", True),
+        ("x86_64", None, True),
+        ("aarch64", None, False),
+        ("arm64", "Features : asimd\n", False),
+    ],
+)
+def test_weights_are_widened_on_an_x86_that_may_saturate(
+    tmp_path: Path, machine: str, cpuinfo: str | None, expected: bool
+) -> None:
+    if cpuinfo is not None:
+        (tmp_path / "cpuinfo").write_text(cpuinfo)
+    assert saturates(machine, tmp_path / "cpuinfo") is expected
 
 
 def test_the_default_is_no_more_threads_than_the_process_may_use() -> None:

@@ -19,7 +19,9 @@ def bench(
         str, typer.Option(help="Tokens of context, such as 128,2K,32K.")
     ] = "128,512,2048,8192",
     decode_tokens: Annotated[int, typer.Option(help="Tokens generated at each context.")] = 64,
-    chunk: Annotated[int, typer.Option(help="Tokens of a prompt read at once.")] = 256,
+    chunk: Annotated[
+        int | None, typer.Option(help="Tokens of a prompt read at once; default: what suits the model.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="Processor threads; default: physical cores.")] = None,
     flavour: Annotated[str | None, typer.Option(help="Graph: ort, onnx or portable.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the report as JSON here.")] = None,
