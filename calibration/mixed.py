@@ -14,6 +14,7 @@ from typing import Any
 from lawcat_edge.calibration.sensitivity import CHOICES
 from lawcat_edge.config import LawcatConfig
 from lawcat_edge.export.products import same_table
+from lawcat_edge.export.rotation import turn
 from lawcat_edge.export.schemes import PRODUCTS, Product, Scheme
 from lawcat_edge.export.step import Widths
 from lawcat_edge.families import Geometry
@@ -58,7 +59,8 @@ class Sizes:
             total += _bytes(head, *table)
         if scheme.rotate and g.tie_embeddings:
             total += (4 if head.kind == "fp32" else 2) * g.hidden_size**2
-        return self.rest + total
+        own = turn(g.intermediate_size) if scheme.rotate else None
+        return self.rest + total + (own.nbytes if own is not None else 0)
 
 
 def _bytes(spec: Product, N: int, K: int) -> int:

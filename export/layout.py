@@ -128,6 +128,8 @@ class Layout:
 
     def store_first_norm(self, writer: DataWriter) -> None:
         writer.array("first_norm", self._gain("model.layers.0.input_layernorm.weight"))
+        if self.down_turn is not None:
+            writer.array("down_turn", self.down_turn)
 
     # -- rows of the fused products --------------------------------------------------------------------------
 

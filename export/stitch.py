@@ -96,7 +96,7 @@ def instantiate(
             assert own[0] is not None
             path, spec, x = f"{prefix}/{kind}", layout.spec(kind, layer), own[0]
             if kind == "down" and layout.down_turn is not None:
-                x = products.emit_turn(g, layout.down_turn, x, f"{path}/turn")
+                x = products.emit_turn(g, "down_turn", len(layout.down_turn), x, f"{path}/turn")
             result = products.emit(g, spec, name, x, N, K, bias, path, layout.ranges.get(path))
             values[node.outputs[0]] = result
             continue

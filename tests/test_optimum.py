@@ -14,7 +14,7 @@ from tiny_bundle import build_tiny_bundle
 from transformers import AutoTokenizer, pipeline
 
 from lawcat_edge.integrations import modeling
-from lawcat_edge.integrations.modeling import LawcatModelForCausalLM
+from lawcat_edge.integrations.modeling import CACHE, LawcatModelForCausalLM
 from lawcat_edge.integrations.optimum_cli.register_lawcat import REGISTER_COMMANDS, LawcatExportCommand
 from lawcat_edge.runtime import LawcatError, Model
 
@@ -95,14 +95,14 @@ def test_logits_and_what_cannot_be_read(model: Any) -> None:
         wanted = engine.forward(ids[row : row + 1].numpy(), engine.new_state(), all_positions=True)[0]
         np.testing.assert_allclose(whole[row].numpy(), wanted, atol=1e-4)
     first = model(ids[:, :13])
-    rest = model(ids[:, 13:], past_key_values=first.past_key_values, logits_to_keep=1)
+    rest = model(ids[:, 13:], **{CACHE: first[CACHE]}, logits_to_keep=1)
     np.testing.assert_allclose(rest.logits[:, 0].numpy(), whole[:, -1].numpy(), atol=1e-4)
     mask = torch.ones_like(ids)
     mask[0, -1] = 0
     with pytest.raises(LawcatError, match="padding_side to left"):
         model(ids, attention_mask=mask)
     with pytest.raises(LawcatError, match="holds 2 sequences"):
-        model(ids[:1], past_key_values=first.past_key_values)
+        model(ids[:1], **{CACHE: first[CACHE]})
     with pytest.raises(LawcatError, match="on the CPU"):
         model.to("cuda")
     assert model.to("cpu") is model

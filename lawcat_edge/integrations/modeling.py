@@ -35,6 +35,9 @@ from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.runtime.files import atomic_folder, parse_json
 from lawcat_edge.runtime.signature import SIGNATURE
 
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+"""What transformers calls a model's state: ``past_key_values`` before 5.24."""
+
 
 class LawcatBundleConfig(PretrainedConfig):
     """What transformers asks of a config, read from a bundle's manifest."""
@@ -57,7 +60,7 @@ class LawcatBundleConfig(PretrainedConfig):
 
 
 class RecurrentCache:
-    """``past_key_values`` of this model: one constant-size state a sequence.
+    """The cache of this model: one constant-size state a sequence.
 
     A state may have read fewer tokens than its row is long, because padding is never read.
     """
@@ -140,6 +143,7 @@ class LawcatModelForCausalLM(OptimizedModel, GenerationMixin):
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
+        cache: RecurrentCache | None = None,
         past_key_values: RecurrentCache | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
@@ -149,11 +153,12 @@ class LawcatModelForCausalLM(OptimizedModel, GenerationMixin):
         """Logits [B,T,V] float32 of input_ids [B,T] (the last position alone with logits_to_keep = 1).
 
         attention_mask: [B, all tokens so far], 0 for padding, which may only come before a text.
-        past_key_values: the cache of the call before, which this call advances in place.
+        cache: of the call before, which this call advances in place; its name is past_key_values before
+        transformers 5.24.
         """
         ids = input_ids.detach().cpu().numpy().astype(np.int64)
         B, T = ids.shape
-        cache = past_key_values or RecurrentCache([self.engine.new_state() for _ in range(B)])
+        cache = cache or past_key_values or RecurrentCache([self.engine.new_state() for _ in range(B)])
         if len(cache.states) != B:
             raise LawcatError(f"The cache holds {len(cache.states)} sequences and the input has {B}.")
         real = np.ones((B, T), bool)
@@ -175,30 +180,31 @@ class LawcatModelForCausalLM(OptimizedModel, GenerationMixin):
                     first = T - len(tokens) + at
                     logits[row, first : first + piece.shape[1]] = self.engine.forward(piece, state, True)[0]
         cache.length += T
-        carried: Any = cache
-        return CausalLMOutputWithPast(logits=torch.from_numpy(logits), past_key_values=carried)
+        carried: dict[str, Any] = {CACHE: cache}
+        return CausalLMOutputWithPast(logits=torch.from_numpy(logits), **carried)
 
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.Tensor,
         next_sequence_length: int | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: Any = None,
         is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Only the tokens that the state has not read; without ``use_cache`` the whole text, from nothing."""
+        cache = cache if cache is not None else kwargs.get("past_key_values")
         if kwargs.get("use_cache") is False:
-            past_key_values = next_sequence_length = None
+            cache = next_sequence_length = None
         if next_sequence_length is not None:
             input_ids = input_ids[:, -next_sequence_length:]
-        elif past_key_values is not None:
-            input_ids = input_ids[:, past_key_values.get_seq_length() :]
+        elif cache is not None:
+            input_ids = input_ids[:, cache.get_seq_length() :]
         return {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
-            "past_key_values": past_key_values,
+            CACHE: cache,
             "logits_to_keep": kwargs.get("logits_to_keep", 0),
         }
 
