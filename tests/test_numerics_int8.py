@@ -51,8 +51,8 @@ def test_quantised_products_do_not_saturate_on_the_worst_weights(bits: int, leve
 
 @pytest.mark.parametrize("weight", [-64, 63])
 def test_integer_products_of_seven_bits_are_exact(weight: int) -> None:
-    """What the scheme int8-dynamic uses. With all eight bits (weight 127) an emulated Haswell gives 4,194,176
-    for 8,290,560."""
+    """Under any settings. With all eight bits (weight 127) an emulated Haswell gives 4,194,176 for
+    8,290,560."""
     K = 256
     graph = helper.make_graph(
         [helper.make_node("MatMulInteger", ["a", "w"], ["y"])],
@@ -65,3 +65,34 @@ def test_integer_products_of_seven_bits_are_exact(weight: int) -> None:
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     (got,) = session.run(None, {"a": np.full((4, K), 255, np.uint8)})
     assert (got == 255 * weight * K).all()
+
+
+@pytest.mark.parametrize("rows", [1, 7])
+@pytest.mark.parametrize("weight", [-127, 127])
+def test_integer_products_of_eight_bits_are_exact_as_the_runner_sets_them(weight: int, rows: int) -> None:
+    """The scheme int8-dynamic, with the setting that the runner takes where a processor may saturate."""
+    K = 256
+    nodes = [
+        helper.make_node("MatMulIntegerToFloat", ["a", "w", "s", "c", "z"], ["y"], domain="com.microsoft")
+    ]
+    constants = {
+        "w": np.full((K, 8), weight, np.int8),
+        "s": np.float32(1),
+        "c": np.ones(8, np.float32),
+        "z": np.uint8(128),
+    }
+    graph = helper.make_graph(
+        nodes,
+        "worst",
+        [helper.make_tensor_value_info("a", TensorProto.UINT8, [rows, K])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [rows, 8])],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
+    )
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    for stored in (0, 1, 255):
+        (got,) = session.run(None, {"a": np.full((rows, K), stored, np.uint8)})
+        assert (got == (stored - 128) * weight * K).all()
