@@ -35,22 +35,34 @@ def _sizes(axes: Any, rows: list[dict[str, Any]]) -> None:
             points[row["name"]] = (size / 1e6, kl or 0.0, row)
     front = sorted(points[name][:2] for name in pareto(rows) if name in points)
     axes.step(*zip(*front, strict=True), where="post", color="tab:green", lw=1, label="Pareto front")
-    for name, (size, kl, row) in points.items():
+    for size, kl, row in points.values():
         ours = row["kind"] == "scheme"
         best = (size, kl) in front and ours
         colour = "tab:green" if best else "tab:blue" if ours else "tab:gray"
         axes.plot(size, kl, marker="o" if ours else "D", ms=7, color=colour, mfc=colour if ours else "none")
-        top = get(row, "accuracy", "top1")
-        label = name if top is None else f"{name}, same top {top * 100:.1f} %"
-        axes.annotate(label, (size, kl), xytext=(8, 3), textcoords="offset points", fontsize=8)
     least = min((kl for _, kl, _ in points.values() if kl > 0), default=1e-3)
     # fp32 has KL 0, which no logarithmic axis shows: linear below the smallest of the others
     axes.set_yscale("symlog", linthresh=least / 2)
     axes.set_ylim(-least / 8, 3 * max([kl for _, kl, _ in points.values()] + [least]))
     axes.set_xlim(0, 1.25 * max(size for size, _, _ in points.values()))
+    _label(axes, points)
     axes.set(xlabel="MB on disk", ylabel="mean KL to fp32 (less is better)", title="accuracy against size")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
+
+
+def _label(axes: Any, points: dict[str, tuple[float, float, dict[str, Any]]]) -> None:
+    """Names beside the points, each above the one below where these are close."""
+    free: list[tuple[float, float]] = []  # (left end, height) of labels that are placed, in points of print
+    scale = 72 / axes.figure.dpi
+    for name, (size, kl, row) in sorted(points.items(), key=lambda item: item[1][1]):
+        top = get(row, "accuracy", "top1")
+        label = name if top is None else f"{name}, same top {top * 100:.1f} %"
+        x, y = axes.transData.transform((size, kl)) * scale
+        near = [height for left, height in free if abs(left - x) < 140]
+        up = max([3.0, *(height + 10 - y for height in near if height + 10 > y + 3)])
+        free.append((x, y + up))
+        axes.annotate(label, (size, kl), xytext=(12, up), textcoords="offset points", fontsize=8)
 
 
 def _drift(axes: Any, rows: list[dict[str, Any]]) -> None:
