@@ -9,6 +9,7 @@ from typing import Any
 
 from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.runtime.files import read_json, write_json, write_text
+from lawcat_edge.runtime.text import MAX_TOKENIZER
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
@@ -16,8 +17,8 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     if not (source / "tokenizer.json").is_file():
         raise LawcatError(f"{source} has no tokenizer.json; save the teacher's fast tokenizer there.")
     # written without the indentation, which makes more than half of it
-    tokenizer = json.dumps(_optional(source / "tokenizer.json"), separators=(",", ":"), ensure_ascii=False)
-    write_text(target / "tokenizer.json", tokenizer)
+    tokenizer = read_json(source / "tokenizer.json", MAX_TOKENIZER)
+    write_text(target / "tokenizer.json", json.dumps(tokenizer, separators=(",", ":"), ensure_ascii=False))
     for name in ("tokenizer_config.json", "chat_template.jinja"):
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
