@@ -79,14 +79,18 @@ def member_path(folder: Path, name: str) -> Path:
 
 
 def read_bytes(path: Path, limit: int) -> bytes:
-    """The whole file, at most `limit` bytes; never follows a growing file past the limit."""
+    """The whole file, at most `limit` bytes; a file that changes meanwhile is refused."""
     with open_regular(path) as file:
         try:
-            data = file.read(limit + 1)
+            # The buffer is made before anything is read, so no larger than the file needs.
+            size = os.fstat(file.fileno()).st_size
+            data = file.read(min(size, limit) + 1)
         except OSError as error:
             raise LawcatError(f"Cannot read {path} ({_reason(error)}); copy it again.") from error
     if len(data) > limit:
         raise LawcatError(f"{path} is larger than {limit:,} bytes, more than such a file has; copy it again.")
+    if len(data) != size:
+        raise LawcatError(f"{path} changed while it was read; try again when nothing writes to it.")
     return data
 
 
