@@ -56,6 +56,22 @@ class Adapter:
                 f"not to {teacher.name!r} ({teacher.sha256[:12]}…); give the teacher that it was trained on."
             )
 
+    def with_window(self, window: int | None) -> Adapter:
+        """The same with another window, which no tensor depends on; None: as it is.
+
+        A wider one brings the student nearer to its teacher without training, and costs state and time.
+        """
+        if window is None or window == self.config.window:
+            return self
+        if not self.config.window:
+            raise LawcatError(
+                "This adapter was trained without a window and has no weight for one; "
+                "leave --window out, or train one with lawcat-edge distill --window."
+            )
+        if window < 1:
+            raise LawcatError(f"--window must be at least 1 for an adapter with a window, not {window}.")
+        return replace(self, config=replace(self.config, window=window))
+
     def expected_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor this adapter must hold, with its shape."""
         g, c = self.geometry, self.config

@@ -198,7 +198,7 @@ class LawcatModel(nn.Module):
             raise LawcatError(f"The adapter's tensors do not fit the model: {odd!r} is on one side only.")
         with torch.no_grad():
             for name, parameter in parameters.items():
-                value = torch.from_numpy(adapter.tensors[name])
+                value = torch.tensor(adapter.tensors[name])  # what is read from a file is not writable
                 if value.shape != parameter.shape:
                     raise LawcatError(
                         f"Adapter tensor {name!r} has shape {list(value.shape)}, "

@@ -265,3 +265,20 @@ def test_a_folder_of_something_else_is_not_overwritten(tmp_path: Path) -> None:
 def test_settings_out_of_range_are_named(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(LawcatError, match=said):
         LawcatConfig(**settings)
+
+
+def test_another_window_keeps_every_tensor(folder: Path) -> None:
+    loaded = Adapter.load(folder)
+    assert CONFIG.window > 0
+    assert loaded.with_window(None) is loaded
+    assert loaded.with_window(CONFIG.window) is loaded
+    wider = loaded.with_window(CONFIG.window + 5)
+    assert wider.config.window == CONFIG.window + 5
+    assert wider.tensors is loaded.tensors
+    assert set(wider.expected_shapes()) == set(wider.tensors)
+    with pytest.raises(LawcatError, match="at least 1"):
+        loaded.with_window(0)
+    with pytest.raises(LawcatError, match="from 0 to 8192"):
+        loaded.with_window(10_000)
+    with pytest.raises(LawcatError, match="without a window"):
+        make_adapter(LawcatConfig(feature_dim=3)).with_window(64)

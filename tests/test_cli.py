@@ -20,6 +20,7 @@ import typer
 from tiny_teacher import make_teacher, write_corpus
 
 from lawcat_edge import __version__, cli
+from lawcat_edge.adapter import Adapter
 from lawcat_edge.commands.distill import distill as distill_command
 from lawcat_edge.distill.settings import DistillSettings
 from lawcat_edge.runtime.errors import CheckFailed, LawcatError
@@ -216,6 +217,19 @@ def test_distill_writes_one_json_document_and_an_adapter_that_info_reads(base: P
     text = capfd.readouterr().out
     assert "finetune: 128 tokens" in text
     assert f"Next: lawcat-edge export {base / 'teacher'} --adapter {out}" in text
+
+
+def test_distill_goes_on_from_an_adapter_with_another_window(base: Path, tmp_path: Path, capsys: Any) -> None:
+    command = ["distill", str(base / "teacher"), "--data", str(base / "text.txt"), *SHORT]
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert cli.run([*command, "--window", "4", "--out", str(first)]) == 0
+    command += ["--stage", "finetune", "--start-from", str(first), "--out", str(second)]
+    assert cli.run([*command, "--feature-dim", "5"]) == 2
+    assert "has feature_dim" in capsys.readouterr().err
+    assert cli.run([*command, "--window", "9", "--json"]) == 0
+    adapter = Adapter.load(second)
+    assert adapter.config.window == 9
+    assert adapter.training["settings"]["window"] == 9
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,8 @@ import torch
 from exported import logits_of, make_bundle, make_student
 from numpy.testing import assert_allclose
 
+from lawcat_edge.adapter import Adapter
+from lawcat_edge.cli import run
 from lawcat_edge.config import LawcatConfig
 from lawcat_edge.export import layout
 from lawcat_edge.export.exporter import MIN_ONNXRUNTIME, export_bundle
@@ -297,6 +299,20 @@ def test_bad_weights_and_adapters_are_refused(tmp_path: Path) -> None:
     with pytest.raises(LawcatError, match="operators"):
         make_bundle(teacher, model, adapter, tmp_path / "b", ops=("tflite",))
     assert not (tmp_path / "b").exists()
+
+
+def test_another_window_is_exported_and_verified(tmp_path: Path, capsys: Any) -> None:
+    config = LawcatConfig(feature_dim=8, window=3)
+    teacher, _, made = make_student(tmp_path / "t", config=config)
+    belongs = str(teacher.folder), teacher.sha256
+    Adapter(config, teacher.geometry, *belongs, made.tensors, made.lora).save(tmp_path / "a")
+    words = ["export", str(teacher.folder), "--scheme", "fp32", "--window", "7", "--json"]
+    assert run([*words, "--adapter", str(tmp_path / "a"), "--out", str(tmp_path / "b")]) == 0
+    report = json.loads(capsys.readouterr().out)  # against torch with the same window
+    assert 0 < report["parity"]["ort"]["rel_err"] < 1e-4
+    assert Bundle.open(tmp_path / "b").manifest.window == 7
+    assert run([*words, "--out", str(tmp_path / "c")]) == 2
+    assert "give one with --adapter" in capsys.readouterr().err
 
 
 def test_large_model_needs_little_memory(tmp_path: Path) -> None:

@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -81,6 +83,34 @@ def test_a_large_file_is_refused_without_reading_it_all(tmp_path: Path) -> None:
     assert len(files.read_bytes(tmp_path / "big", 101)) == 101
     with pytest.raises(LawcatError, match="larger than 100"):
         files.read_bytes(tmp_path / "big", 100)
+
+
+def test_a_small_file_takes_no_buffer_of_its_cap(tmp_path: Path) -> None:
+    (tmp_path / "small").write_bytes(b"x" * 101)
+    tracemalloc.start()
+    files.read_bytes(tmp_path / "small", 64 << 20)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20
+
+
+def test_a_file_that_grows_while_it_is_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "log").write_bytes(b"x" * 10)
+
+    def grown(path: Path) -> Any:
+        file = open_regular(path)
+        size = os.fstat(file.fileno())
+        with path.open("ab") as other:
+            other.write(b"y" * 10)
+        monkeypatch.setattr(files.os, "fstat", lambda _: size)
+        return file
+
+    open_regular = files.open_regular
+    monkeypatch.setattr(files, "open_regular", grown)
+    with pytest.raises(LawcatError, match="changed while it was read"):
+        files.read_bytes(tmp_path / "log", 100)
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_beside(tmp_path: Path) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from lawcat_edge.adapter import Adapter
 
 
 def distill(
@@ -102,7 +105,7 @@ def distill(
     changes |= _parsed(set_ or [], settings.to_dict())
     settings = settings.with_changes(changes)
     parse_mix(settings.task_mix)  # before the teacher is loaded
-    base = Adapter.load(start_from) if start_from else None
+    base = _begun(Adapter.load(start_from), given) if start_from else None
     if not data and "text" in settings.task_mix:
         raise LawcatError("There is nothing to train on; give --data FILES, or a --task-mix without text.")
     source = resolve(teacher)
@@ -122,6 +125,19 @@ def distill(
                 f"{name}: {facts['tokens']:,} tokens in {facts['seconds']:,.0f} s, loss {facts['loss']:.4g}"
             )
         print(f"The adapter is in {out}. Next: lawcat-edge export {teacher} --adapter {out} --out bundle")
+
+
+def _begun(adapter: Adapter, given: dict[str, Any]) -> Adapter:
+    """The adapter to go on from: its window may be another one, the rest of its layer may not."""
+    from lawcat_edge.runtime.errors import LawcatError
+
+    for name in ("feature_dim", "conv_kernel", "rope"):
+        has = getattr(adapter.config, name)
+        if given[name] not in (None, has):
+            raise LawcatError(
+                f"The adapter to go on from has {name} {has}, not {given[name]}; leave that setting out."
+            )
+    return adapter.with_window(given["window"])
 
 
 def _parsed(pairs: list[str], known: dict[str, Any]) -> dict[str, Any]:

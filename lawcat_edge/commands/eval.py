@@ -51,14 +51,20 @@ def parse_depths(text: str | None) -> list[float] | None:
 
 
 def open_model(
-    name: str, adapter: str | None = None, device: str = "auto", threads: int | None = None
+    name: str,
+    adapter: str | None = None,
+    device: str = "auto",
+    threads: int | None = None,
+    window: int | None = None,
 ) -> LanguageModel:
     """MODEL as the command line takes it: a bundle, an adapter folder, or a teacher with or without an
-    adapter."""
+    adapter. window: another one than the adapter was trained with."""
     folder = Path(name)
     if (folder / "lawcat_bundle.json").is_file():
         if adapter is not None:
             raise LawcatError("A bundle already holds its adapter; leave --adapter out.")
+        if window is not None:
+            raise LawcatError("A bundle's window is fixed; leave --window out, or export it again with one.")
         from lawcat_edge.evaluate.lm import BundleModel
 
         return BundleModel(folder, threads=threads)
@@ -73,12 +79,15 @@ def open_model(
     if (folder / "lawcat_config.json").is_file():
         if adapter is not None:
             raise LawcatError(f"{name} is an adapter itself; leave --adapter out, or give the teacher first.")
-        loaded = Adapter.load(folder)
+        loaded = Adapter.load(folder).with_window(window)
         return StudentModel.load(teachers.resolve(loaded.teacher), loaded, name=name, device=device)
     teacher = teachers.resolve(name)
     if adapter is None:
+        if window is not None:
+            raise LawcatError("--window changes that of an adapter; give one with --adapter.")
         return TeacherModel.load(teacher, device=device)
-    return StudentModel.load(teacher, Adapter.load(adapter), name=str(adapter), device=device)
+    student = Adapter.load(adapter).with_window(window)
+    return StudentModel.load(teacher, student, name=str(adapter), device=device)
 
 
 def eval(
@@ -102,6 +111,9 @@ def eval(
         list[str] | None, typer.Option(help="Text files or globs: prose for niah-2/3, BABILong, perplexity.")
     ] = None,
     adapter: Annotated[str | None, typer.Option(help="Adapter folder, when MODEL is a teacher.")] = None,
+    window: Annotated[
+        int | None, typer.Option(help="Tokens of softmax attention; default: as the adapter was trained.")
+    ] = None,
     reference: Annotated[str | None, typer.Option(help="Teacher to take KL against (perplexity).")] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(help="Longest answer; default 12 to 128 by task.", min=1)
@@ -135,7 +147,7 @@ def eval(
             raise LawcatError("Perplexity needs text to read; name files with --text.")
         if len(sizes) != 1 or depths is not None or heatmap is not None:
             raise LawcatError("Perplexity takes one length, and neither --depths nor --heatmap.")
-        measured = open_model(model, adapter, device, threads)
+        measured = open_model(model, adapter, device, threads, window)
         teacher = open_model(reference, None, device, threads) if reference is not None else None
         if teacher is not None and teacher.tokenizer.get_vocab() != measured.tokenizer.get_vocab():
             raise LawcatError(
@@ -144,7 +156,7 @@ def eval(
         result = perplexity(measured, text, sizes[0], samples, teacher, deadline=deadline)
         _finish(result.to_dict(), out, json_, lambda: _show_perplexity(result))
         return
-    measured = open_model(model, adapter, device, threads)
+    measured = open_model(model, adapter, device, threads, window)
     prose = _prose(task, sizes, text, measured, seed)
     report = run_task(
         measured,

@@ -19,6 +19,9 @@ def export(
     teacher: Annotated[str, typer.Argument(help="Folder, GGUF file, hub id, or smollm2.")],
     out: Annotated[Path, typer.Option(help="Bundle folder to write; an old bundle there is replaced.")],
     adapter: Annotated[Path | None, typer.Option(help="Adapter folder; without it, untrained.")] = None,
+    window: Annotated[
+        int | None, typer.Option(help="Tokens of softmax attention; default: as the adapter was trained.")
+    ] = None,
     scheme: Annotated[
         str, typer.Option(help="fp32, int8, int8-dynamic, int8-static, int4, or a JSON file (your table).")
     ] = "int8",
@@ -70,7 +73,10 @@ def export(
     if measured is not None and not table.static:
         raise LawcatError(f"The scheme {table.name} uses no ranges; drop --ranges or take int8-static.")
     source = resolve(teacher)
-    loaded, config = student(source, Adapter.load(adapter) if adapter is not None else None)
+    if window is not None and adapter is None:
+        raise LawcatError("--window changes that of an adapter; give one with --adapter.")
+    given = Adapter.load(adapter).with_window(window) if adapter is not None else None
+    loaded, config = student(source, given)
     with _needed(table, measured, calibration or [], source, loaded, config) as needed:
         report = export_bundle(
             source.weights(),
