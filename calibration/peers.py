@@ -168,7 +168,7 @@ def _torch(
     import torch
     from transformers import DynamicCache
 
-    from lawcat_edge.teacher import resolve
+    from lawcat_edge.teacher import resolve, state_name
 
     if threads:
         torch.set_num_threads(threads)
@@ -178,7 +178,7 @@ def _torch(
     @torch.inference_mode()
     def read(ids: np.ndarray) -> None:
         tokens = torch.as_tensor(ids)[None]
-        output = model(tokens, past_key_values=held["cache"], use_cache=True, logits_to_keep=1)
+        output = model(tokens, use_cache=True, logits_to_keep=1, **{state_name(): held["cache"]})
         int(output.logits[0, -1].argmax())
 
     def forget() -> None:

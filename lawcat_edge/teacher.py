@@ -151,6 +151,13 @@ def _digest_of(mark: Path) -> str:
     return digest
 
 
+def state_name() -> str:
+    """What transformers calls a model's state in calls and outputs: ``past_key_values`` before 5.24."""
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    return "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
 def cache_folder() -> Path:
     return Path(os.environ.get("LAWCAT_EDGE_CACHE") or Path.home() / ".cache" / "lawcat-edge")
 

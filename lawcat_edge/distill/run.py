@@ -17,7 +17,6 @@ from lawcat_edge.adapter import Adapter
 from lawcat_edge.config import LawcatConfig
 from lawcat_edge.distill.checkpoint import collect, read_progress
 from lawcat_edge.distill.data import Sequence, parse_mix, sequences
-from lawcat_edge.distill.memory import keep_freed_memory
 from lawcat_edge.distill.parallel import one_fate, open_accelerator, sharded
 from lawcat_edge.distill.readers import ChatForm
 from lawcat_edge.distill.sample import ensure_samples, teacher_text
@@ -97,8 +96,6 @@ def _run(
     else:
         feature = settings.feature_dim or teacher.geometry.head_dim // 2
         config = LawcatConfig(settings.conv_kernel, feature, window=settings.window, rope=settings.rope)
-    if accelerator.device.type == "cpu":
-        keep_freed_memory()
     model = load_student(teacher, start_from, config, settings.backend, settings.seed)
     if not sharded(accelerator):  # shards go to the device one by one: all of a large teacher may not fit
         model.to(accelerator.device)

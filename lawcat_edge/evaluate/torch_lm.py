@@ -17,7 +17,7 @@ from lawcat_edge.adapter import Adapter
 from lawcat_edge.evaluate.lm import load_tokenizer
 from lawcat_edge.model import LawcatModel, load_student
 from lawcat_edge.runtime.errors import LawcatError
-from lawcat_edge.teacher import Teacher
+from lawcat_edge.teacher import Teacher, state_name
 
 
 def choose_device(device: str = "auto") -> str:
@@ -159,8 +159,8 @@ class TeacherModel(_TorchModel):
         return DynamicCache(config=self.model.config)
 
     def _hidden(self, ids: Tensor, state: Any) -> tuple[Tensor, Any]:
-        output = self.model.model(input_ids=ids, past_key_values=state, use_cache=True)
-        return output.last_hidden_state, output.past_key_values
+        output = self.model.model(input_ids=ids, use_cache=True, **{state_name(): state})
+        return output.last_hidden_state, state  # which grew in place
 
     def _head(self, hidden: Tensor) -> Tensor:
         return self.model.lm_head(hidden)

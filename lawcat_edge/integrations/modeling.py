@@ -34,9 +34,9 @@ from lawcat_edge.runtime.engine import Engine, State
 from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.runtime.files import atomic_folder, parse_json
 from lawcat_edge.runtime.signature import SIGNATURE
+from lawcat_edge.teacher import state_name
 
-CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
-"""What transformers calls a model's state: ``past_key_values`` before 5.24."""
+CACHE = state_name()
 
 
 class LawcatBundleConfig(PretrainedConfig):
