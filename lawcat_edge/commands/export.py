@@ -36,6 +36,9 @@ def export(
         list[str] | None,
         typer.Option(help="Text files for schemes that want some; without any, the teacher writes it."),
     ] = None,
+    calibration_tokens: Annotated[
+        int, typer.Option(help="Tokens of it that are read; more takes longer.", min=1024)
+    ] = 8192,
     rounding: Annotated[
         str | None,
         typer.Option(help="nearest or gptq (by what the text says matters); default: the scheme's."),
@@ -77,7 +80,7 @@ def export(
         raise LawcatError("--window changes that of an adapter; give one with --adapter.")
     given = Adapter.load(adapter).with_window(window) if adapter is not None else None
     loaded, config = student(source, given)
-    with _needed(table, measured, calibration or [], source, loaded, config) as needed:
+    with _needed(table, measured, calibration or [], calibration_tokens, source, loaded, config) as needed:
         report = export_bundle(
             source.weights(),
             source.geometry,
@@ -127,7 +130,13 @@ def student(source: Any, adapter: Any | None) -> tuple[Any | None, Any]:
 
 @contextlib.contextmanager
 def _needed(
-    table: Any, ranges: Any | None, files: list[str], source: Any, adapter: Any | None, config: Any
+    table: Any,
+    ranges: Any | None,
+    files: list[str],
+    tokens: int,
+    source: Any,
+    adapter: Any | None,
+    config: Any,
 ) -> Iterator[dict[str, Any]]:
     """What the scheme has to know of activations; measured while the export asks for it."""
     from lawcat_edge.calibration.calibrate import Calibration
@@ -144,7 +153,7 @@ def _needed(
             file=sys.stderr,
         )
     with tempfile.TemporaryDirectory(prefix="lawcat-calibrate-") as folder:
-        run = Calibration(source, adapter, config, Path(folder), files, progress=progress)
+        run = Calibration(source, adapter, config, Path(folder), files, tokens, progress=progress)
         yield run.for_export(table, ranges)
 
 
