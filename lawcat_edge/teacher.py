@@ -7,6 +7,7 @@ converted once, through transformers, into the cache (LAWCAT_EDGE_CACHE, else ~/
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import json
@@ -151,6 +152,7 @@ def _digest_of(mark: Path) -> str:
     return digest
 
 
+@functools.cache
 def state_name() -> str:
     """What transformers calls a model's state in calls and outputs: ``past_key_values`` before 5.24."""
     from transformers.modeling_outputs import CausalLMOutputWithPast

@@ -226,6 +226,10 @@ def test_distill_goes_on_from_an_adapter_with_another_window(base: Path, tmp_pat
     command += ["--stage", "finetune", "--start-from", str(first), "--out", str(second)]
     assert cli.run([*command, "--feature-dim", "5"]) == 2
     assert "has feature_dim" in capsys.readouterr().err
+    assert cli.run([*command, "--set", "conv_kernel=5"]) == 2
+    assert "has conv_kernel" in capsys.readouterr().err
+    assert cli.run([*command, "--set", "window=7", "--json"]) == 0
+    assert Adapter.load(second).config.window == 7
     assert cli.run([*command, "--window", "9", "--json"]) == 0
     adapter = Adapter.load(second)
     assert adapter.config.window == 9

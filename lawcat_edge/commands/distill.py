@@ -105,7 +105,7 @@ def distill(
     changes |= _parsed(set_ or [], settings.to_dict())
     settings = settings.with_changes(changes)
     parse_mix(settings.task_mix)  # before the teacher is loaded
-    base = _begun(Adapter.load(start_from), given) if start_from else None
+    base = _begun(Adapter.load(start_from), changes) if start_from else None
     if not data and "text" in settings.task_mix:
         raise LawcatError("There is nothing to train on; give --data FILES, or a --task-mix without text.")
     source = resolve(teacher)
@@ -127,17 +127,18 @@ def distill(
         print(f"The adapter is in {out}. Next: lawcat-edge export {teacher} --adapter {out} --out bundle")
 
 
-def _begun(adapter: Adapter, given: dict[str, Any]) -> Adapter:
-    """The adapter to go on from: its window may be another one, the rest of its layer may not."""
+def _begun(adapter: Adapter, changes: dict[str, Any]) -> Adapter:
+    """The adapter to go on from. changes: the settings that were asked for, by a flag or by --set; the window
+    may be another one than the adapter's, the rest of its layer may not."""
     from lawcat_edge.runtime.errors import LawcatError
 
     for name in ("feature_dim", "conv_kernel", "rope"):
         has = getattr(adapter.config, name)
-        if given[name] not in (None, has):
+        if changes.get(name, has) != has:
             raise LawcatError(
-                f"The adapter to go on from has {name} {has}, not {given[name]}; leave that setting out."
+                f"The adapter to go on from has {name} {has}, not {changes[name]}; leave that setting out."
             )
-    return adapter.with_window(given["window"])
+    return adapter.with_window(changes.get("window"))
 
 
 def _parsed(pairs: list[str], known: dict[str, Any]) -> dict[str, Any]:
