@@ -24,7 +24,7 @@ from lawcat_edge.export.flavours import rewrite
 from lawcat_edge.export.layout import Layout, RounderOf
 from lawcat_edge.export.schemes import PRODUCTS, Scheme, load_scheme
 from lawcat_edge.export.stitch import stitch
-from lawcat_edge.export.trace import trace_layer, trace_window
+from lawcat_edge.export.trace import trace_layer
 from lawcat_edge.export.verify import Agreement, Reference, verify_folder
 from lawcat_edge.export.writer import DATA, JOURNAL, DataWriter
 from lawcat_edge.families import Geometry
@@ -160,7 +160,7 @@ def export_bundle(
         "bytes": sum(sizes.values()),
         "files": sizes,
         "nodes_per_layer": nodes,
-        "state_bytes": manifest.state_bytes,
+        "state_bytes": manifest.state_bytes(),
         "seconds": round(time.perf_counter() - begun, 2),
         "parity": {
             flavour: asdict(agreement) if agreement else None for flavour, agreement in measured.items()
@@ -201,16 +201,16 @@ def _write_graphs(
     layout: Layout, folder: Path, tensors: Mapping[str, ir.ExternalTensor], ops: Sequence[str]
 ) -> dict[str, float]:
     """The graphs of every flavour; returns the mean number of nodes a layer of each."""
-    layer = trace_layer(layout.geometry, layout.config)
-    window = trace_window(layout.geometry, layout.config) if layout.config.window else None
+    kinds = {layout.config.full_attention(i) for i in range(layout.geometry.num_layers)}
+    layers = {full: trace_layer(layout.geometry, layout.config, full) for full in kinds}
     counts = {}
     for kind in ("last", "all"):
-        model = stitch(layout, tensors, layer, window, all_positions=kind == "all")
+        model = stitch(layout, tensors, layers, all_positions=kind == "all")
         for flavour in ops:
             variant = model if flavour == "ort" else rewrite(model, flavour, tensors)
             ir.save(variant, folder / graph_files(flavour)[kind])
-            layers = sum((node.name or "").startswith("layers.") for node in variant.graph)
-            counts[flavour] = round(layers / layout.geometry.num_layers, 2)
+            nodes = sum((node.name or "").startswith("layers.") for node in variant.graph)
+            counts[flavour] = round(nodes / layout.geometry.num_layers, 2)
         if kind == "last" and "portable" in ops:
             for name, tokens in (("step", 1), ("chunk", CHUNK)):
                 ir.save(rewrite(model, "portable", tensors, tokens), folder / graph_files("portable")[name])
@@ -247,6 +247,8 @@ def untrained_tensors(geometry: Geometry, config: LawcatConfig, seed: int = 0) -
 
     tensors: dict[str, np.ndarray] = {}
     for i in range(g.num_layers):
+        if c.full_attention(i):
+            continue
         new = {
             "conv_q": taps,
             "conv_k": taps,
@@ -273,6 +275,8 @@ def untrained_shapes(geometry: Geometry, config: LawcatConfig) -> dict[str, tupl
     g, c = geometry, config
     shapes: dict[str, tuple[int, ...]] = {}
     for i in range(g.num_layers):
+        if c.full_attention(i):
+            continue
         shapes |= {
             f"layers.{i}.conv_q": (g.query_width, c.conv_kernel),
             f"layers.{i}.conv_k": (g.query_width, c.conv_kernel),
