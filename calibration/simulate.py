@@ -18,6 +18,7 @@ from lawcat_edge.export.products import same_table
 from lawcat_edge.export.rotation import Rotation, head_turn, turn
 from lawcat_edge.export.rounding import blocked, nearest
 from lawcat_edge.export.schemes import PRODUCTS, Product, Scheme
+from lawcat_edge.lora import ATTENTION_TARGETS
 from lawcat_edge.model import LawcatModel
 
 FP32 = Product("fp32")
@@ -105,12 +106,13 @@ class Simulated:
     def _merge_lora(self) -> None:
         lora = self.model.lora
         for layer in self.layers if lora else ():
-            for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-                old = getattr(layer.self_attn, name)
+            assert lora is not None
+            for name in lora.targets:
+                owner = layer.self_attn if name in ATTENTION_TARGETS else layer.mlp
+                old = getattr(owner, name)
                 A, B = old.lora_A["default"].weight, old.lora_B["default"].weight
-                assert lora is not None
-                old.base_layer.weight.add_(lora["alpha"] / lora["rank"] * (B @ A))
-                setattr(layer.self_attn, name, old.base_layer)
+                old.base_layer.weight.add_(lora.scale * (B @ A))
+                setattr(owner, name, old.base_layer)
 
     def _fold(self) -> None:
         model: Any = self.model
@@ -157,8 +159,9 @@ class Simulated:
             bias = old.bias if old.bias is None else self._rows(old.bias)
             weight = self._rows(old.weight.T).T.contiguous()
             setattr(owner, name, _Product(weight, bias, reads=True, turn=own))
-        attn.gate_a.copy_(self._reading(attn.gate_a.T, gains[0]).T)
-        layer.exact_gate = attn.gate_a.detach().clone()
+        if not layer.full:
+            attn.gate_a.copy_(self._reading(attn.gate_a.T, gains[0]).T)
+            layer.exact_gate = attn.gate_a.detach().clone()
         for norm in (layer.input_layernorm, layer.post_attention_layernorm):
             if self._rotation is not None:
                 norm.weight.fill_(1)
@@ -193,7 +196,8 @@ class Simulated:
             if product == "qkv":
                 for module in (attn.q_proj, attn.k_proj, attn.v_proj):
                     module.set(spec)
-                attn.gate_a.copy_(rounded_weight(layer.exact_gate.T.contiguous(), spec).T)
+                if not layer.full:
+                    attn.gate_a.copy_(rounded_weight(layer.exact_gate.T.contiguous(), spec).T)
                 layer.input_layernorm.spec = spec
             elif product == "o":
                 attn.o_proj.set(spec)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ import numpy as np
 
 from lawcat_edge.config import LawcatConfig
 from lawcat_edge.families import Geometry
+from lawcat_edge.lora import LoraSettings
 from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.runtime.files import (
     atomic_folder,
@@ -45,7 +46,7 @@ class Adapter:
     teacher: str
     teacher_sha256: str
     tensors: dict[str, np.ndarray]
-    lora: dict[str, float] | None = None
+    lora: LoraSettings | None = None
     training: dict[str, Any] = field(default_factory=dict)
     sha256: str = ""
 
@@ -72,6 +73,14 @@ class Adapter:
             raise LawcatError(f"--window must be at least 1 for an adapter with a window, not {window}.")
         return replace(self, config=replace(self.config, window=window))
 
+    def with_full_attention(self, layers: Iterable[int], span: int) -> Adapter:
+        """A pure student's adapter with softmax attention given back to these layers: their own new
+        parameters go, their low-rank updates stay."""
+        config = self.config.with_full_attention(layers, span, self.geometry)
+        hybrid = replace(self, config=config)
+        kept = hybrid.expected_shapes()
+        return replace(hybrid, tensors={name: x for name, x in self.tensors.items() if name in kept})
+
     def expected_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor this adapter must hold, with its shape."""
         g, c = self.geometry, self.config
@@ -86,16 +95,12 @@ class Adapter:
         }
         if c.window:
             new["omega"] = (H,)
-        if self.lora is not None:
-            r = int(self.lora["rank"])
-            for name, (n_in, n_out) in {
-                "q_proj": (D, H * d),
-                "k_proj": (D, G * d),
-                "v_proj": (D, G * d),
-                "o_proj": (H * d, D),
-            }.items():
-                new[f"{name}.lora_A"], new[f"{name}.lora_B"] = (r, n_in), (n_out, r)
-        return {f"layers.{i}.{name}": shape for i in range(g.num_layers) for name, shape in new.items()}
+        lora = self.lora.shapes(g) if self.lora is not None else {}
+        return {
+            f"layers.{i}.{name}": shape
+            for i in range(g.num_layers)
+            for name, shape in {**({} if c.full_attention(i) else new), **lora}.items()
+        }
 
     def save(self, folder: Path, half: bool = False, extra: dict[str, bytes] | None = None) -> None:
         """Write the whole folder at once (a kill leaves the old one); ``half``: float16, for publishing.
@@ -123,7 +128,7 @@ class Adapter:
                 "geometry": self.geometry.to_dict(),
                 "teacher": self.teacher,
                 "teacher_sha256": self.teacher_sha256,
-                "lora": self.lora,
+                "lora": None if self.lora is None else self.lora.to_dict(),
                 "training": self.training,
                 "tensors_sha256": sha256_file(building / "adapter.safetensors"),
             }
@@ -143,31 +148,24 @@ class Adapter:
             raise LawcatError(
                 f"{path} has format {data['format']}, this version reads {FORMAT}; update lawcat-edge."
             )
-        lora = data.get("lora")
-        if lora is not None:
-            rank: Any = lora.get("rank") if isinstance(lora, dict) else None
-            if type(rank) is not int or not 0 < rank <= 4096 or set(lora) != {"rank", "alpha"}:
-                raise LawcatError(f"{path}: field 'lora' must hold a rank from 1 to 4096 and an alpha.")
-            if type(lora["alpha"]) not in (int, float) or not 0 <= lora["alpha"] <= 1e6:
-                raise LawcatError(
-                    f"{path}: field 'lora': alpha must be from 0 to 1e6; copy the adapter anew."
-                )
         for name in ("teacher", "teacher_sha256"):
             if not check(name, str).isprintable():
                 raise LawcatError(f"{path}: field {name!r} holds control characters; copy the adapter anew.")
         if not (folder / "adapter.safetensors").exists():
             raise LawcatError(f"{folder} has no adapter.safetensors; copy the whole adapter folder.")
         file = member_path(folder, "adapter.safetensors")
+        lora = data.get("lora")
         empty = cls(
             config=_within(path, "lawcat", LawcatConfig.from_dict, check("lawcat", dict)),
             geometry=_within(path, "geometry", Geometry.from_dict, check("geometry", dict)),
             teacher=check("teacher", str),
             teacher_sha256=check("teacher_sha256", str),
             tensors={},
-            lora=lora,
+            lora=None if lora is None else _within(path, "lora", LoraSettings.from_dict, lora),
             training=check("training", dict),
             sha256=check("tensors_sha256", str),
         )
+        _within(path, "lawcat", empty.config.check_geometry, empty.geometry)
         return replace(empty, tensors=_read_tensors(file, empty.expected_shapes(), empty.sha256))
 
 
@@ -180,7 +178,7 @@ def _field(data: Any, path: Path, name: str, kind: type) -> Any:
     return value
 
 
-def _within(path: Path, name: str, make: Callable[[dict[str, Any]], Any], value: dict[str, Any]) -> Any:
+def _within(path: Path, name: str, make: Callable[[Any], Any], value: Any) -> Any:
     try:
         return make(value)
     except LawcatError as error:

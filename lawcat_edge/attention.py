@@ -11,7 +11,8 @@ F = 2 f, K convolution taps, r = K - 1, w window.
     y = (sigmoid(omega) N_w + n) / (sigmoid(omega) Z_w + z + eps)
 
 N_w and Z_w are numerator and denominator of softmax attention over the last w tokens, each row scaled by its
-largest score; without a window y = n / (z + eps).
+largest score (``window_scaling`` "softmax": N_w is the softmax output and Z_w is 1); without a window
+y = n / (z + eps).
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ from lawcat_edge.config import LawcatConfig
 from lawcat_edge.families import Geometry
 from lawcat_edge.ops.conv import conv_feature
 from lawcat_edge.ops.gla import gated_linear_attention, normalised_gla
+from lawcat_edge.ops.window import window_attention
+from lawcat_edge.rotary import Tables, rotate
+from lawcat_edge.softmax_attention import SoftmaxAttention
 
 
 @dataclass
@@ -46,16 +50,12 @@ class LayerState:
     seen: int = 0
 
 
-class LawcatAttention(nn.Module):
+class LawcatAttention(SoftmaxAttention):
     """Drop-in for one layer's self-attention; keeps the teacher's projections and can run as the teacher."""
 
     def __init__(self, teacher: Any, geometry: Geometry, config: LawcatConfig, backend: str = "auto") -> None:
-        super().__init__()
-        self.q_proj, self.k_proj = teacher.q_proj, teacher.k_proj
-        self.v_proj, self.o_proj = teacher.v_proj, teacher.o_proj
-        self.q_norm = teacher.q_norm if geometry.qk_norm else None
-        self.k_norm = teacher.k_norm if geometry.qk_norm else None
-        self.geometry, self.config, self.backend = geometry, config, backend
+        super().__init__(teacher, geometry)
+        self.config, self.backend = config, backend
         H, G, d, f = geometry.num_heads, geometry.num_kv_heads, geometry.head_dim, config.feature_dim
         taps = torch.full((H * d, config.conv_kernel), 0.001)
         taps[:, -1] = 1.0
@@ -82,58 +82,19 @@ class LawcatAttention(nn.Module):
             window_value=zeros(*window) if c.window else None,
         )
 
-    # -- projections -----------------------------------------------------------------------------------------
-
-    def project(self, x: Tensor, *, teacher: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B,T,D] -> q [B,T,H,d], k and v [B,T,G,d]; ``teacher`` leaves low-rank updates out."""
-        d = self.geometry.head_dim
-        q, k, v = (
-            (getattr(proj, "base_layer", proj) if teacher else proj)(x).unflatten(-1, (-1, d))
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        return q, k, v
-
-    def out(self, y: Tensor, *, teacher: bool = False) -> Tensor:
-        proj = getattr(self.o_proj, "base_layer", self.o_proj) if teacher else self.o_proj
-        return proj(y.flatten(2))
-
-    # -- the teacher -----------------------------------------------------------------------------------------
-
-    def softmax(self, q: Tensor, k: Tensor, v: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        """The teacher's attention before its output projection: [B,T,H,d]."""
-        q, k = rotate(q, rotary), rotate(k, rotary)
-        T, limit = q.shape[1], self.geometry.sliding_window
-        mask = None
-        if limit is not None and limit < T:
-            ages = torch.arange(T, device=q.device)[:, None] - torch.arange(T, device=q.device)
-            mask = (ages >= 0) & (ages < limit)
-        y = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            attn_mask=mask,
-            is_causal=mask is None,
-            enable_gqa=True,
-        )
-        return y.transpose(1, 2)
-
-    # -- the student -----------------------------------------------------------------------------------------
-
-    def linear(
+    def attend(  # type: ignore[override]
         self,
         x: Tensor,
         q: Tensor,
         k: Tensor,
         v: Tensor,
-        rotary: tuple[Tensor, Tensor],
+        rotary: Tables,
         state: LayerState | None,
     ) -> tuple[Tensor, LayerState | None]:
         """The student's attention before the output projection, y [B,T,H,d], and the state after it.
 
-        rotary: cos and sin [T,d] at the tokens' positions, in use by the linear branch (``rope``) alone; the
-        window rotates at positions of its own. Without a state, the text starts here and none is returned.
+        x [B,T,D] normed; q [B,T,H,d], k and v [B,T,G,d]. rotary: cos and sin [T,d] at the tokens' positions.
+        Without a state, the text starts here and none is returned.
         """
         g, c = self.geometry, self.config
         H, d = g.num_heads, g.head_dim
@@ -149,7 +110,7 @@ class LawcatAttention(nn.Module):
             y, S, z = normalised_gla(phi_q, phi_k, v, decay, S0, z0, eps=c.eps, backend=self.backend)
         else:
             n, den, S, z = gated_linear_attention(phi_q, phi_k, v, decay, S0, z0, backend=self.backend)
-            y = self.mix(n, den, *self.window_attention(q, k, v, state))
+            y = self.mix(n, den, *self.window(q, k, v, rotary, state))
         if state is None:
             return y.to(v.dtype), None
         assert conv_q is not None
@@ -170,6 +131,8 @@ class LawcatAttention(nn.Module):
         """y [B,T,H,d] from n [B,T,H,d] and den [B,T,H] of the linear branch and from the window's parts."""
         assert self.omega is not None
         share = self.omega.sigmoid()[:, None]  # [H,1]
+        if self.config.window_scaling == "softmax":
+            N_w, Z_w = N_w / Z_w, torch.ones_like(Z_w)
         return (share * N_w + n) / (share * Z_w + den[..., None] + self.config.eps)
 
     def log_decay(self, x: Tensor) -> Tensor:
@@ -179,71 +142,18 @@ class LawcatAttention(nn.Module):
             logits = (x.to(dtype) @ self.gate_a) @ self.gate_b + self.gate_bias
             return F.logsigmoid(logits).unflatten(-1, (-1, self.config.key_dim)) / self.config.gate_divisor
 
-    def window_attention(
-        self, q: Tensor, k: Tensor, v: Tensor, state: LayerState | None
+    def window(
+        self, q: Tensor, k: Tensor, v: Tensor, rotary: Tables, state: LayerState | None
     ) -> tuple[Tensor, Tensor]:
-        """Softmax attention over the last w tokens: numerator [B,T,H,d], denominator [B,T,H,1], row-scaled.
-
-        Queries in blocks of c see c + w - 1 keys. Scores depend on distance alone, so every block uses the
-        same local positions: they stay right past any length.
-        """
-        B, T, H, d = q.shape
-        G, w = k.shape[2], self.config.window
-        c = min(max(w, 16), T)
-        N = -(-T // c)
-        past, filled = w - 1, 0 if state is None else min(state.seen, w - 1)
-
-        def with_past(x: Tensor, old: Tensor | None) -> Tensor:  # -> [B,G,N,c+w-1,d]
-            x = x.transpose(1, 2)
-            old = x.new_zeros(B, G, past, d) if old is None else old.to(x.dtype)
-            x = F.pad(torch.cat([old, x], 2), (0, 0, 0, N * c - T))
-            return x.unfold(2, c + past, c).transpose(-1, -2)
-
-        keys = with_past(k, None if state is None else state.window_key)
-        values = with_past(v, None if state is None else state.window_value)
-        cos, sin = local_rotary(self.geometry, c + past, q.device, q.dtype)
-        qs = F.pad(q.transpose(1, 2), (0, 0, 0, N * c - T)).reshape(B, G, H // G, N, c, d)
-        qs = rotate_pairs(qs, cos[past:], sin[past:])
-        keys = rotate_pairs(keys, cos, sin)
-        scores = torch.einsum("bghnid,bgnjd->bghnij", qs, keys) * d**-0.5
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        i = torch.arange(c, device=q.device)[:, None]
-        j = torch.arange(c + past, device=q.device)
-        band = (j >= i) & (j <= i + past)  # [c, c+w-1]
-        slot = torch.arange(N, device=q.device)[:, None] * c + j  # key index in [old, new]
-        allowed = band & (slot >= past - filled)[:, None]  # [N,c,c+w-1]
-        scores = scores.masked_fill(~allowed, -torch.inf)
-        # The largest score does not cancel against the linear branch: it has a gradient of its own.
-        weights = (scores - scores.amax(-1, keepdim=True)).exp()
-        N_w = torch.einsum("bghnij,bgnjd->bghnid", weights.to(values.dtype), values)
-        Z_w = weights.sum(-1, keepdim=True)
-        merge = lambda x: x.reshape(B, H, N * c, -1)[:, :, :T].transpose(1, 2)  # noqa: E731
-        return merge(N_w), merge(Z_w)
-
-
-def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding in the half-split layout of Llama: x [..., T, d], cos and sin [T, d]."""
-    left, right = x.chunk(2, -1)
-    return x * cos + torch.cat([-right, left], -1) * sin
-
-
-def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """x [B,T,heads,d], rotary [T,d] each."""
-    cos, sin = (part[:, None].to(x.dtype) for part in rotary)
-    return rotate_pairs(x, cos, sin)
-
-
-def rotary_tables(geometry: Geometry, start: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin [length, d] at positions start.., in float64, so that late positions stay exact."""
-    positions = torch.arange(start, start + length, dtype=torch.float64, device=device)
-    inverse = torch.from_numpy(geometry.inv_freq()).to(device)
-    angles = (positions[:, None] * inverse).repeat(1, 2)
-    scale = geometry.attention_scaling
-    return angles.cos() * scale, angles.sin() * scale
-
-
-def local_rotary(
-    geometry: Geometry, length: int, device: torch.device, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    cos, sin = rotary_tables(geometry, 0, length, device)
-    return cos.to(dtype), sin.to(dtype)
+        """Numerator [B,T,H,d] and denominator [B,T,H,1] of softmax attention over the last w tokens."""
+        past_key = past_value = None
+        if state is not None:
+            filled = min(state.seen, self.config.window - 1)
+            assert state.window_key is not None
+            assert state.window_value is not None
+            past_key, past_value = (
+                x[:, :, x.shape[2] - filled :] for x in (state.window_key, state.window_value)
+            )
+        return window_attention(
+            q, k, v, self.config.window, self.geometry, rotary, past_key, past_value, self.backend
+        )

@@ -1,16 +1,24 @@
-"""The settings of a LAWCAT layer: one frozen dataclass, stored as JSON beside every artefact."""
+"""The settings of a student: one frozen dataclass, stored as JSON beside every artefact."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
 
 from lawcat_edge.runtime.errors import LawcatError
+
+if TYPE_CHECKING:
+    from lawcat_edge.families import Geometry
+
+LINEAR, FULL = "linear_attention", "full_attention"  # as transformers writes them in ``layer_types``
+MAX_LAYERS, MAX_SPAN = 1024, 1 << 24
+WINDOW_SCALINGS = ("max_score", "softmax")
 
 
 @dataclass(frozen=True)
 class LawcatConfig:
-    """How softmax attention is replaced (LAWCAT, arXiv 2509.18467).
+    """How softmax attention is replaced (LAWCAT, arXiv 2509.18467), and in which layers it stays.
 
     conv_kernel: taps K of the causal convolution on q and k.
     feature_dim: f; the feature map has width F = 2 f.
@@ -19,6 +27,11 @@ class LawcatConfig:
     window: tokens of softmax attention mixed in (0: none).
     rope: rotary embedding on q and k of the linear branch.
     eps: added to the normaliser.
+    layer_types: ``linear_attention`` (LAWCAT) or ``full_attention`` (the teacher's softmax attention) for
+        every layer; empty: a pure LAWCAT student, as in the paper.
+    attention_span: tokens that a full-attention layer sees, the newest included; 0 without such layers.
+    window_scaling: what the window adds to the common denominator. ``max_score``: its sums, each row scaled
+        by its largest score. ``softmax``: its softmax output, with a weight of one.
     """
 
     conv_kernel: int = 4
@@ -28,6 +41,9 @@ class LawcatConfig:
     window: int = 0
     rope: bool = False
     eps: float = 1e-6
+    layer_types: tuple[str, ...] = ()
+    attention_span: int = 0
+    window_scaling: str = "max_score"
 
     def __post_init__(self) -> None:
         limits = {
@@ -35,6 +51,7 @@ class LawcatConfig:
             "feature_dim": (1, 1024),
             "gate_rank": (1, 1024),
             "window": (0, 8192),
+            "attention_span": (0, MAX_SPAN),
         }
         for name, (low, high) in limits.items():
             value = getattr(self, name)
@@ -47,6 +64,65 @@ class LawcatConfig:
             value = getattr(self, name)
             if type(value) not in (int, float) or not least <= value < 1e6:
                 raise LawcatError(f"{name} must be a number from {least:g} to 1e6, not {value!r}.")
+        if self.window_scaling not in WINDOW_SCALINGS:
+            raise LawcatError(
+                f"window_scaling must be one of {', '.join(WINDOW_SCALINGS)}, not {self.window_scaling!r}."
+            )
+        self._check_layer_types()
+
+    def _check_layer_types(self) -> None:
+        kinds = self.layer_types
+        if type(kinds) is not tuple or len(kinds) > MAX_LAYERS:
+            raise LawcatError(f"layer_types must be a list of at most {MAX_LAYERS} names.")
+        odd = next((kind for kind in kinds if kind not in (LINEAR, FULL)), None)
+        if odd is not None:
+            raise LawcatError(f"layer_types must name {LINEAR} or {FULL}, not {odd!r}.")
+        if kinds and LINEAR not in kinds:
+            raise LawcatError("All layers keep full attention, which is the teacher itself; name fewer.")
+        if (FULL in kinds) != (self.attention_span > 0):
+            raise LawcatError(
+                "attention_span must be at least 1 token where layers keep full attention, and 0 where none "
+                f"does, not {self.attention_span}."
+            )
+
+    def full_attention(self, layer: int) -> bool:
+        """Whether this layer keeps softmax attention."""
+        return bool(self.layer_types) and self.layer_types[layer] == FULL
+
+    @property
+    def full_attention_layers(self) -> tuple[int, ...]:
+        return tuple(i for i, kind in enumerate(self.layer_types) if kind == FULL)
+
+    def with_full_attention(self, layers: Iterable[int], span: int, geometry: Geometry) -> LawcatConfig:
+        """The same student with full attention in these layers; none at all makes it a pure one.
+
+        Raises LawcatError for a layer that does not exist or is named twice, for all of them, and for a span
+        that is 0 or beyond the teacher's range.
+        """
+        chosen, count = list(layers), geometry.num_layers
+        if not chosen:
+            return replace(self, layer_types=(), attention_span=0)
+        for layer in chosen:
+            if not 0 <= layer < count:
+                raise LawcatError(f"There is no layer {layer}: the teacher has layers 0 to {count - 1}.")
+            if chosen.count(layer) > 1:
+                raise LawcatError(f"Layer {layer} is named twice as a full-attention layer; name it once.")
+        kinds = tuple(FULL if i in chosen else LINEAR for i in range(count))
+        config = replace(self, layer_types=kinds, attention_span=span)
+        config.check_geometry(geometry)
+        return config
+
+    def check_geometry(self, geometry: Geometry) -> None:
+        """Raise LawcatError where the layers named do not fit a teacher of this geometry."""
+        if self.layer_types and len(self.layer_types) != geometry.num_layers:
+            raise LawcatError(
+                f"layer_types names {len(self.layer_types)} layers, the teacher has {geometry.num_layers}."
+            )
+        if self.attention_span > geometry.max_positions:
+            raise LawcatError(
+                f"The span ({self.attention_span} tokens) is beyond the teacher's range of "
+                f"{geometry.max_positions}; lower --span."
+            )
 
     @property
     def key_dim(self) -> int:
@@ -54,7 +130,7 @@ class LawcatConfig:
         return 2 * self.feature_dim
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "layer_types": list(self.layer_types)}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> LawcatConfig:
@@ -66,4 +142,6 @@ class LawcatConfig:
             raise LawcatError(
                 f"Unknown setting {unknown[0]!r} in the LAWCAT config; known are {sorted(known)}."
             )
+        if isinstance(data.get("layer_types"), list):  # JSON has no tuples
+            data = {**data, "layer_types": tuple(data["layer_types"])}
         return cls(**data)

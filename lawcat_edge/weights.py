@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from lawcat_edge.families import Geometry
+from lawcat_edge.lora import ATTENTION_TARGETS
 from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.runtime.files import MAX_JSON_BYTES, open_regular, parse_json
 
@@ -211,20 +212,21 @@ class ArrayWeights:
 
 
 class MergedWeights:
-    """A teacher with an adapter's LoRA added on the fly: W + alpha / rank * B A on q, k, v and o."""
+    """A teacher with an adapter's LoRA added on the fly: W + alpha / rank * B A on its targets."""
 
     def __init__(self, base: WeightSource, adapter: Any) -> None:
-        """``adapter``: ``.tensors`` (name -> array) and ``.lora`` ({"rank", "alpha"} or None)."""
+        """``adapter``: ``.tensors`` (name -> array) and ``.lora`` (LoraSettings or None)."""
         self._base = base
         self._pairs: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         if not adapter.lora:
             return
-        scale = np.float32(adapter.lora["alpha"] / adapter.lora["rank"])
+        scale = np.float32(adapter.lora.scale)
         for name, down in adapter.tensors.items():
             if name.endswith(".lora_A"):
                 layer, projection = name.removeprefix("layers.").removesuffix(".lora_A").split(".")
                 up = adapter.tensors[name[:-1] + "B"]
-                target = f"model.layers.{layer}.self_attn.{projection}.weight"
+                part = "self_attn" if projection in ATTENTION_TARGETS else "mlp"
+                target = f"model.layers.{layer}.{part}.{projection}.weight"
                 if base.shape(target) != (up.shape[0], down.shape[1]) or up.shape[1] != down.shape[0]:
                     raise LawcatError(
                         f"The adapter's {name} does not fit {target}; it is for another teacher."

@@ -21,6 +21,7 @@ from lawcat_edge import adapter as adapter_module
 from lawcat_edge.adapter import Adapter
 from lawcat_edge.config import LawcatConfig
 from lawcat_edge.families import Geometry
+from lawcat_edge.lora import ALL_LINEAR, LoraSettings
 from lawcat_edge.runtime.errors import LawcatError
 
 CONFIG = LawcatConfig(feature_dim=4, gate_rank=2, window=5)
@@ -39,9 +40,7 @@ GEOMETRY = Geometry(
 )
 
 
-def make_adapter(
-    config: LawcatConfig = CONFIG, lora: dict[str, float] | None = None, seed: int = 0
-) -> Adapter:
+def make_adapter(config: LawcatConfig = CONFIG, lora: LoraSettings | None = None, seed: int = 0) -> Adapter:
     empty = Adapter(config, GEOMETRY, "toy", "ab" * 32, {}, lora, {"stages": {}})
     rng = np.random.default_rng(seed)
     tensors = {
@@ -52,14 +51,14 @@ def make_adapter(
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    make_adapter(lora={"rank": 2, "alpha": 4.0}).save(tmp_path / "adapter")
+    make_adapter(lora=LoraSettings(2, 4.0)).save(tmp_path / "adapter")
     return tmp_path / "adapter"
 
 
 @pytest.mark.parametrize("half", [False, True])
-@pytest.mark.parametrize("lora", [None, {"rank": 2, "alpha": 4.0}])
+@pytest.mark.parametrize("lora", [None, LoraSettings(2, 4.0), LoraSettings(2, 4.0, ALL_LINEAR)])
 @pytest.mark.parametrize("config", [CONFIG, LawcatConfig(feature_dim=3, conv_kernel=2, rope=True)])
-def test_round_trip(tmp_path: Path, config: LawcatConfig, lora: dict[str, float] | None, half: bool) -> None:
+def test_round_trip(tmp_path: Path, config: LawcatConfig, lora: LoraSettings | None, half: bool) -> None:
     saved = make_adapter(config, lora)
     saved.save(tmp_path / "a", half=half, extra={"train_log.jsonl": b"{}\n"})
     loaded = Adapter.load(str(tmp_path / "a"))
@@ -79,7 +78,7 @@ def test_round_trip(tmp_path: Path, config: LawcatConfig, lora: dict[str, float]
 
 
 def test_the_names_are_those_of_the_design() -> None:
-    shapes = make_adapter(lora={"rank": 2, "alpha": 4.0}).expected_shapes()
+    shapes = make_adapter(lora=LoraSettings(2, 4.0)).expected_shapes()
     layer = {name.removeprefix("layers.1."): s for name, s in shapes.items() if name.startswith("layers.1.")}
     assert layer == {
         "conv_q": (24, 4), "conv_k": (24, 4), "feature": (4, 6, 4), "gate_a": (12, 2), "gate_b": (2, 16),

@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lawcat_edge.attention import LawcatAttention, LayerState, rotary_tables
+from lawcat_edge.attention import LawcatAttention, LayerState
 from lawcat_edge.config import LawcatConfig
 from lawcat_edge.families import Geometry
+from lawcat_edge.rotary import rotary_tables
 
 D, d, f = 12, 8, 3
 THETA = 100.0  # so small that every pair turns noticeably within a test
@@ -161,7 +162,7 @@ def reference(layer: Any, x: Tensor, state: Any) -> tuple[Tensor, Any]:
 
 def run(layer: Any, x: Tensor, state: Any) -> tuple[Tensor, Any]:
     rotary = rotary_tables(layer.geometry, state.seen, x.shape[1], x.device)
-    return layer.linear(x, *layer.project(x), rotary, state)
+    return layer.attend(x, *layer.project(x), rotary, state)
 
 
 def in_pieces(layer: Any, x: Tensor, state: Any, sizes: list[int]) -> tuple[Tensor, Any]:
@@ -241,7 +242,7 @@ def test_without_a_state_the_text_starts_from_nothing() -> None:
         layer, x = make_layer(case, dtype=torch.float32), inputs(20).float()
         with torch.no_grad():
             rotary = rotary_tables(layer.geometry, 0, 20, x.device)
-            bare, none = layer.linear(x, *layer.project(x), rotary, None)
+            bare, none = layer.attend(x, *layer.project(x), rotary, None)
             full, _ = run(layer, x, layer.empty_state(2, x.device))
         assert none is None
         torch.testing.assert_close(bare, full, rtol=1e-6, atol=1e-6)

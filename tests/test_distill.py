@@ -17,6 +17,7 @@ from lawcat_edge.distill.run import distill
 from lawcat_edge.distill.sample import sample_teacher
 from lawcat_edge.distill.settings import DistillSettings, load_recipe, recipe_names
 from lawcat_edge.distill.steps import FinetuneStep, TransferStep
+from lawcat_edge.lora import LoraSettings
 from lawcat_edge.model import load_student
 from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.teacher import resolve
@@ -54,7 +55,7 @@ def test_both_stages_learn_and_write_a_whole_adapter(folder):
         assert np.mean(losses[-8:]) < share * np.mean(losses[:4]), stage
     loaded = Adapter.load(folder / "learn")
     assert loaded.sha256 == adapter.sha256
-    assert loaded.lora == {"rank": 8, "alpha": 16.0}
+    assert loaded.lora == LoraSettings(8, 16.0)
     assert loaded.training["stages"]["transfer"]["tokens"] == 64 * 100
     log = [json.loads(line) for line in (folder / "learn" / "train_log.jsonl").read_text().splitlines()]
     assert [r["loss"] for r in log] == [r["loss"] for r in records]
@@ -163,7 +164,8 @@ def test_losses_match_a_direct_computation(folder):
         loss, parts = FinetuneStep(model, 0.7, 0.3)(ids, weight)
         taught = model.teacher_logits(ids)[:, :-1].double().log_softmax(-1)
         student = model(ids)[0][:, :-1].double().log_softmax(-1)
-    kl = (taught.exp() * (taught - student)).sum(-1).mean()
+    kl = (taught.exp() * (taught - student)).sum(-1)
+    kl = (kl * weight[:, 1:]).sum() / weight[:, 1:].sum()
     ce = -student.gather(-1, ids[:, 1:, None])[..., 0]
     ce = (ce * weight[:, 1:]).sum() / weight[:, 1:].sum()
     assert float(parts["kl"]) == pytest.approx(float(kl), rel=1e-4)
@@ -197,7 +199,7 @@ def test_the_head_loss_and_its_gradient_match_autograd(folder, monkeypatch, rows
 
 
 def test_every_recipe_loads():
-    assert recipe_names() == ["general", "general-window", "passkey"]
+    assert recipe_names() == ["general", "general-window", "hybrid", "passkey"]
     for name in recipe_names():
         load_recipe(name)
     with pytest.raises(LawcatError, match="general-window"):

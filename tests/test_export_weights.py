@@ -13,6 +13,7 @@ import torch
 from tiny_teacher import make_teacher
 
 from lawcat_edge.families import FAMILIES, Geometry
+from lawcat_edge.lora import LoraSettings
 from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.weights import (
     ArrayWeights,
@@ -153,7 +154,7 @@ def test_merging_adds_the_low_rank_update() -> None:
     generator = np.random.default_rng(0)
     down, up = generator.standard_normal((3, 32), np.float32), generator.standard_normal((16, 3), np.float32)
     tensors = {"layers.1.k_proj.lora_A": down, "layers.1.k_proj.lora_B": up}
-    merged = MergedWeights(base, SimpleNamespace(tensors=tensors, lora={"rank": 3, "alpha": 12}))
+    merged = MergedWeights(base, SimpleNamespace(tensors=tensors, lora=LoraSettings(3, 12)))
     name = "model.layers.1.self_attn.k_proj.weight"
     expected = base.get(name) + 4.0 * up @ down
     np.testing.assert_allclose(merged.get(name), expected, rtol=1e-5, atol=1e-5)
@@ -162,7 +163,7 @@ def test_merging_adds_the_low_rank_update() -> None:
     np.testing.assert_array_equal(merged.get(other), base.get(other))
     tensors["layers.1.k_proj.lora_B"] = up[:5]
     with pytest.raises(LawcatError, match="another teacher"):
-        MergedWeights(base, SimpleNamespace(tensors=tensors, lora={"rank": 3, "alpha": 12}))
+        MergedWeights(base, SimpleNamespace(tensors=tensors, lora=LoraSettings(3, 12)))
 
 
 def test_random_weights_do_not_depend_on_the_slice() -> None:

@@ -20,7 +20,7 @@ def distill(
         typer.Option(help="Text, JSONL, Parquet, globs, tokenised .bin, hub:NAME; repeatable."),
     ] = None,
     recipe: Annotated[
-        str | None, typer.Option(help="general, general-window, passkey, or a JSON file.")
+        str | None, typer.Option(help="hybrid, general, general-window, passkey, or a JSON file.")
     ] = None,
     stage: Annotated[str | None, typer.Option(help="transfer, finetune or both.")] = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens of each stage.")] = None,
@@ -31,6 +31,16 @@ def distill(
     batch_size: Annotated[int | None, typer.Option(help="Sequences a process takes at once.")] = None,
     grad_accumulation: Annotated[int | None, typer.Option(help="Batches summed before a step.")] = None,
     window: Annotated[int | None, typer.Option(help="Tokens of softmax attention mixed in; 0: none.")] = None,
+    full_attention: Annotated[
+        str | None,
+        typer.Option(help="Layers that keep softmax attention: auto:4, every:7, 14,17,20,23, or none."),
+    ] = None,
+    span: Annotated[
+        int | None, typer.Option(help="Tokens that a full-attention layer sees; 0: the teacher's range.")
+    ] = None,
+    ranking_tokens: Annotated[
+        int | None, typer.Option(help="Text that auto reads to choose the layers, in tokens.")
+    ] = None,
     rope: Annotated[
         bool | None, typer.Option("--rope/--no-rope", help="Rotary in the linear branch.")
     ] = None,
@@ -41,7 +51,7 @@ def distill(
         int | None, typer.Option(help="Tokens to sample from the teacher, if the mix has a share of it.")
     ] = None,
     answer_weight: Annotated[
-        float | None, typer.Option(help="Weight of answers in the cross-entropy of generated tasks.")
+        float | None, typer.Option(help="Weight of the answers of generated tasks, in KL and cross-entropy.")
     ] = None,
     lr_transfer: Annotated[float | None, typer.Option(help="Learning rate of attention transfer.")] = None,
     lr_lora: Annotated[float | None, typer.Option(help="Learning rate of the low-rank updates.")] = None,
@@ -53,6 +63,10 @@ def distill(
     ] = None,
     clip: Annotated[float | None, typer.Option(help="Largest norm of a gradient; 0: any.")] = None,
     lora_rank: Annotated[int | None, typer.Option(help="Rank of the low-rank updates.")] = None,
+    lora_targets: Annotated[
+        str | None,
+        typer.Option(help="Where: all-linear, or names with commas, as q_proj,k_proj,v_proj,o_proj."),
+    ] = None,
     lora_alpha: Annotated[float | None, typer.Option(help="Their scale, divided by the rank.")] = None,
     kl_weight: Annotated[float | None, typer.Option(help="Weight of KL to the teacher.")] = None,
     ce_weight: Annotated[float | None, typer.Option(help="Weight of next-token cross-entropy.")] = None,

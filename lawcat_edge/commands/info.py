@@ -88,7 +88,7 @@ def _adapter(folder: Path) -> dict[str, Any]:
         "sha256": adapter.sha256,
         "source": {"teacher": adapter.teacher, "teacher_sha256": adapter.teacher_sha256},
         "lawcat": config,
-        "lora": adapter.lora,
+        "lora": None if adapter.lora is None else adapter.lora.to_dict(),
         "geometry": geometry,
         "parameters": int(sum(tensor.size for tensor in adapter.tensors.values())),
         "state_bytes": state,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -17,16 +18,18 @@ from lawcat_edge.adapter import Adapter
 from lawcat_edge.config import LawcatConfig
 from lawcat_edge.distill.checkpoint import collect, read_progress
 from lawcat_edge.distill.data import Sequence, parse_mix, sequences
+from lawcat_edge.distill.full_attention import PICTURE, TABLE, FullAttention, plot_ranking, rank_layers
 from lawcat_edge.distill.parallel import one_fate, open_accelerator, sharded
 from lawcat_edge.distill.readers import ChatForm
 from lawcat_edge.distill.sample import ensure_samples, teacher_text
 from lawcat_edge.distill.settings import DistillSettings
 from lawcat_edge.distill.steps import FinetuneStep, TransferStep
 from lawcat_edge.distill.train import StageRun, TrainLog
+from lawcat_edge.lora import parse_targets
 from lawcat_edge.model import LawcatModel, load_student
 from lawcat_edge.ops.backend import choose
 from lawcat_edge.runtime.errors import LawcatError
-from lawcat_edge.runtime.files import FileLock, read_bytes
+from lawcat_edge.runtime.files import FileLock, read_bytes, read_json, write_json
 from lawcat_edge.runtime.text import MAX_TOKENIZER, load_tokenizer
 from lawcat_edge.teacher import Teacher
 
@@ -91,27 +94,31 @@ def _run(
     accelerator: Any,
     folder: Path,
 ) -> Adapter:
-    if start_from is not None:
-        config = start_from.config
-    else:
-        feature = settings.feature_dim or teacher.geometry.head_dim // 2
-        config = LawcatConfig(settings.conv_kernel, feature, window=settings.window, rope=settings.rope)
+    checkpoint = folder / "checkpoint"
+    if resume and not (checkpoint / "state.json").is_file():
+        raise LawcatError(f"There is no checkpoint to resume in {folder}; leave --resume away to start.")
+    facts = {
+        "settings": {k: v for k, v in settings.to_dict().items() if k not in _FREE},
+        "teacher_sha256": teacher.sha256,
+        "start_from": start_from.sha256 if start_from else None,
+    }
+    done = read_progress(checkpoint, facts) if resume else None
+    choice, span = _full_attention(settings, teacher, start_from)
+    layers = choice.fixed(teacher.geometry.num_layers)
+    wanted = choice.wanted(teacher.geometry.num_layers)
+    if wanted and done is not None and done.stage == "finetune":
+        layers, wanted = tuple(read_json(folder / TABLE)["layers"]), 0
+    config = _config(settings, teacher).with_full_attention(layers, span, teacher.geometry)
+    if start_from is not None and layers:
+        start_from = start_from.with_full_attention(layers, span)
     model = load_student(teacher, start_from, config, settings.backend, settings.seed)
     if not sharded(accelerator):  # shards go to the device one by one: all of a large teacher may not fit
         model.to(accelerator.device)
     tokenizer = load_tokenizer(read_bytes(teacher.tokenizer_path, MAX_TOKENIZER), str(teacher.tokenizer_path))
     written = teacher.chat_template()
     template = ChatForm(*written) if written else None
-    facts = {
-        "settings": {k: v for k, v in settings.to_dict().items() if k not in _FREE},
-        "teacher_sha256": teacher.sha256,
-        "start_from": start_from.sha256 if start_from else None,
-    }
-    checkpoint = folder / "checkpoint"
-    if resume and not (checkpoint / "state.json").is_file():
-        raise LawcatError(f"There is no checkpoint to resume in {folder}; leave --resume away to start.")
-    done = read_progress(checkpoint, facts) if resume else None
-    backend = choose(settings.backend, model.layers[0].self_attn.feature)  # what the operators will choose
+    linear = next(layer.self_attn for layer in model.layers if not layer.full)
+    backend = choose(settings.backend, linear.feature)  # what the operators will choose
     if data:  # a bad file is found now, before an earlier run's folder gives way to this one
         next(sequences(data, tokenizer, settings.seq_len, settings.seed, chat_template=template), None)
     if done is None and accelerator.is_main_process:
@@ -144,6 +151,39 @@ def _run(
             log.write(values)
             report(values)
 
+    def rows(
+        length: int, start: int, rank: int | None = None, world: int | None = None
+    ) -> Iterator[Sequence]:
+        return sequences(
+            data,
+            tokenizer,
+            length,
+            settings.seed,
+            accelerator.process_index if rank is None else rank,
+            accelerator.num_processes if world is None else world,
+            settings.task_mix,
+            start=start,
+            answer_weight=settings.answer_weight,
+            teacher=own_text,
+            chat_template=template,
+        )
+
+    def with_ranked_layers(pure: LawcatModel) -> LawcatModel:
+        """The student with full attention in the layers that a ranking of this pure one finds."""
+        table = folder / TABLE
+        if accelerator.is_main_process and not table.is_file():
+            length = min(settings.ranking_tokens, teacher.geometry.max_positions, span)
+            first = itertools.islice(rows(length, 0, 0, 1), settings.ranking_tokens // length)
+            ids = [torch.from_numpy(row.ids.astype("int64")[None]).to(accelerator.device) for row in first]
+            pure.eval().to(accelerator.device)
+            with torch.compiler.set_stance("force_eager"):
+                ranking = rank_layers(pure, ids, wanted, span, report)
+            write_json(table, ranking.to_dict())
+        accelerator.wait_for_everyone()
+        chosen = read_json(table)["layers"]
+        hybrid = _plain(_adapter(pure, teacher, {}).with_full_attention(chosen, span), teacher, settings)
+        return hybrid if sharded(accelerator) else hybrid.to(accelerator.device)
+
     summary: dict[str, Any] = {}
     stages = ("transfer", "finetune") if settings.stage == "both" else (settings.stage,)
     if settings.compile:
@@ -152,7 +192,9 @@ def _run(
         if done is not None and stages.index(stage) < stages.index(done.stage):
             continue  # finished before the checkpoint, whose tensors hold its result
         if summary and sharded(accelerator):
-            model = _unsharded(model, teacher, settings)
+            model = _plain(_adapter(model, teacher, {}), teacher, settings)
+        if stage == "finetune" and wanted:
+            model, wanted = with_ranked_layers(model), 0
         _switch_on(model, stage, settings)
         module = (
             TransferStep(model)
@@ -175,29 +217,14 @@ def _run(
             done = None
         stage_run.progress.finished = dict(summary)
 
-        def rows(
-            start: int, length: int = stage_run.seq_len, batch: int = stage_run.global_batch
-        ) -> Iterator[Sequence]:
-            return sequences(
-                data,
-                tokenizer,
-                length,
-                settings.seed,
-                accelerator.process_index,
-                accelerator.num_processes,
-                settings.task_mix,
-                start=start,
-                answer_weight=settings.answer_weight,
-                teacher=own_text,
-                chat_template=template,
-            )
-
         if stage_run.progress.step < stage_run.steps:
-            stage_run.run(rows, record)
+            stage_run.run(functools.partial(rows, stage_run.seq_len), record)
         p = stage_run.progress
         summary[stage] = {"tokens": p.tokens, "seconds": round(p.seconds, 1), "loss": round(p.smoothed, 6)}
         del module, stage_run  # with the wrapper, before the next stage wraps the same parameters
         accelerator.free_memory()
+    if wanted:
+        model = with_ranked_layers(model)
 
     if log is not None:
         log.close()
@@ -213,7 +240,7 @@ def _run(
     )
     if accelerator.is_main_process:
         extra = {"train_log.jsonl": (folder / "train_log.jsonl").read_bytes()}
-        extra |= _pictures(folder / "train_log.jsonl")
+        extra |= _pictures(folder)
         adapter.save(out, half=half, extra=extra)
     accelerator.wait_for_everyone()
     saved = Adapter.load(out)
@@ -229,9 +256,34 @@ def _adapter(model: LawcatModel, teacher: Teacher, training: dict[str, Any]) -> 
     )
 
 
-def _unsharded(model: LawcatModel, teacher: Teacher, settings: DistillSettings) -> LawcatModel:
-    """The same model with plain parameters: a sharded one takes in no LoRA and no new wrapping."""
-    fresh = load_student(teacher, _adapter(model, teacher, {}), backend=settings.backend)
+def _config(settings: DistillSettings, teacher: Teacher) -> LawcatConfig:
+    """The pure student that a run without an adapter to go on from begins with."""
+    return LawcatConfig(
+        settings.conv_kernel,
+        settings.feature_dim or teacher.geometry.head_dim // 2,
+        window=settings.window,
+        rope=settings.rope,
+        window_scaling=settings.window_scaling,
+    )
+
+
+def _full_attention(
+    settings: DistillSettings, teacher: Teacher, start_from: Adapter | None
+) -> tuple[FullAttention, int]:
+    """The choice of full-attention layers, checked against what there is to go on from, and their span."""
+    choice = FullAttention.parse(settings.full_attention)
+    span = settings.span or teacher.geometry.max_positions
+    if start_from is not None and start_from.config.layer_types and choice.kind != "none":
+        raise LawcatError(
+            f"The adapter to go on from has full attention in layers "
+            f"{', '.join(map(str, start_from.config.full_attention_layers))}; leave --full-attention out."
+        )
+    return choice, span
+
+
+def _plain(adapter: Adapter, teacher: Teacher, settings: DistillSettings) -> LawcatModel:
+    """A fresh model with these parameters: a sharded one takes in no LoRA and no new wrapping."""
+    fresh = load_student(teacher, adapter, backend=settings.backend)
     if settings.compile:
         fresh.compile_parts()
     return fresh
@@ -246,7 +298,7 @@ def _switch_on(model: LawcatModel, stage: str, settings: DistillSettings) -> Non
     if stage == "finetune" and model.lora is None:
         with torch.random.fork_rng():
             torch.manual_seed(settings.seed)
-            model.add_lora(settings.lora_rank, settings.lora_alpha)
+            model.add_lora(settings.lora_rank, settings.lora_alpha, parse_targets(settings.lora_targets))
     model.requires_grad_(False)
     for named, _ in _groups(model, stage, settings):
         for parameter in named.values():
@@ -265,13 +317,20 @@ def _groups(
     return groups
 
 
-def _pictures(log: Path) -> dict[str, bytes]:
+def _pictures(folder: Path) -> dict[str, bytes]:
+    """The training log as a picture, and the ranking of layers, where there was one, as table and picture."""
+    table = folder / TABLE
+    extra = {TABLE: table.read_bytes()} if table.is_file() else {}
     try:
         from lawcat_edge.distill.plots import plot_run
-    except ImportError:  # matplotlib is not installed: the log holds the same figures
-        return {}
-    records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    return {"train_log.png": plot_run(records)} if records else {}
+    except ImportError:  # matplotlib is not installed: log and table hold the same figures
+        return extra
+    lines = (folder / "train_log.jsonl").read_text(encoding="utf-8").splitlines()
+    if lines:
+        extra["train_log.png"] = plot_run([json.loads(line) for line in lines])
+    if table.is_file():
+        extra[PICTURE] = plot_ranking(read_json(table))
+    return extra
 
 
 def _bf16(settings: DistillSettings) -> bool:

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lawcat_edge.attention import rotate
 from lawcat_edge.distill.corpus import separator_ids
 from lawcat_edge.model import LawcatModel
+from lawcat_edge.rotary import Tables, rotate
 from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.runtime.files import atomic_file
 
@@ -114,57 +114,85 @@ def sample_teacher(
     A preallocated key/value cache; the end-of-text token does not stop a sequence, the next turn begins.
     """
     device = model.embed_tokens.weight.device
-    ids = torch.tensor(prompts, device=device)
-    B, start = ids.shape
-    g = model.geometry
+    tokens = torch.zeros(len(prompts), length, dtype=torch.long, device=device)
+    start = len(prompts[0])
+    tokens[:, :start] = torch.tensor(prompts, device=device)
     generator = torch.Generator(device).manual_seed(seed)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    cache = torch.zeros(g.num_layers, 2, B, length, g.num_kv_heads, g.head_dim, device=device, dtype=dtype)
-    tokens = torch.zeros(B, length, dtype=torch.long, device=device)
-    tokens[:, :start] = ids
-    cos, sin = model.rotary(0, length)
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
-        fed, position = ids, 0
-        while True:
-            logits = _advance(model, fed, position, cache, (cos, sin))
-            position += fed.shape[1]
-            if position >= length:
-                return tokens.cpu()
-            fed = _choose(logits.float(), temperature, top_p, generator)
-            tokens[:, position : position + 1] = fed
+    decoder = _Decoder(model, len(prompts), length)
+    for position in range(length - 1):
+        logits = decoder.step(tokens[:, position : position + 1], position)
+        if position + 1 >= start:
+            tokens[:, position + 1] = _choose(logits.float(), temperature, top_p, generator)[:, 0]
             if progress:
-                progress(B)
+                progress(len(prompts))
+    return tokens.cpu()
 
 
-def _advance(
-    model: LawcatModel, ids: Tensor, position: int, cache: Tensor, rotary: tuple[Tensor, Tensor]
-) -> Tensor:
-    """Run the teacher over ids [B,T] at ``position``; logits of the last token [B,V]."""
-    end = position + ids.shape[1]
-    here = (rotary[0][position:end], rotary[1][position:end])
-    limit, seen = model.geometry.sliding_window, None
-    if limit is not None and end > limit:  # a mask only where it is needed: without one, SDPA is faster
-        ages = torch.arange(position, end, device=ids.device)[:, None] - torch.arange(end, device=ids.device)
-        seen = (ages >= 0) & (ages < limit)
-    x = model.embed_tokens(ids)
-    for i, layer in enumerate(model.layers):
-        attn = layer.self_attn
-        q, k, v = attn.project(layer.input_layernorm(x), teacher=True)
-        cache[i, 0, :, position:end] = rotate(k, here)
-        cache[i, 1, :, position:end] = v
-        keys, values = (cache[i, part, :, :end].transpose(1, 2) for part in (0, 1))
-        query = rotate(q, here).to(keys.dtype).transpose(1, 2)
-        causal = position == 0 and seen is None
-        y = F.scaled_dot_product_attention(
-            query, keys, values, attn_mask=seen, is_causal=causal, enable_gqa=True
+class _Decoder:
+    """The teacher, a token at a time for a whole batch; on a GPU each stretch of positions is one CUDA graph.
+
+    Keys are masked, not cut, to the tokens so far, so that within a stretch every step is the same work.
+    """
+
+    STRETCH = 128
+
+    def __init__(self, model: LawcatModel, batch: int, length: int) -> None:
+        self.model, g = model, model.geometry
+        device = model.embed_tokens.weight.device
+        self.cuda = device.type == "cuda"
+        dtype = torch.bfloat16 if self.cuda else torch.float32
+        room = -(-length // self.STRETCH) * self.STRETCH
+        self.cache = torch.zeros(
+            g.num_layers, 2, batch, g.num_kv_heads, room, g.head_dim, device=device, dtype=dtype
         )
-        x = layer.feed_forward(x + attn.out(y.transpose(1, 2), teacher=True))
-    return model.lm_head(model.norm(x[:, -1]))
+        self.rotary = model.rotary(0, room)
+        self.ids = torch.zeros(batch, 1, dtype=torch.long, device=device)
+        self.position = torch.zeros(1, dtype=torch.long, device=device)
+        self.graph: Any = None
+        self.end, self.logits = 0, torch.empty(0)
+
+    def step(self, ids: Tensor, position: int) -> Tensor:
+        """ids [B,1] at ``position`` -> logits [B,V] of the next token; the next step reuses the buffer."""
+        self.ids.copy_(ids)
+        self.position.fill_(position)
+        if position >= self.end:  # this step runs by itself; the others of its stretch repeat a recording
+            self.end, self.graph = (position // self.STRETCH + 1) * self.STRETCH, None
+            return self._run()
+        if not self.cuda:
+            return self._run()
+        if self.graph is None:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.logits = self._run()
+        self.graph.replay()
+        return self.logits
+
+    def _run(self) -> Tensor:
+        model, g = self.model, self.model.geometry
+        here: Tables = (self.rotary[0][self.position], self.rotary[1][self.position])
+        age = self.position - torch.arange(self.end, device=self.ids.device)
+        seen = (age >= 0) & (age < (g.sliding_window or self.end))
+        mask = torch.zeros(self.end, device=age.device, dtype=self.cache.dtype).masked_fill(
+            ~seen, -torch.inf
+        )[None]
+        with torch.autocast(self.ids.device.type, dtype=torch.bfloat16, enabled=self.cuda):
+            x = model.embed_tokens(self.ids)
+            for layer, (keys, values) in zip(model.layers, self.cache, strict=True):
+                _, q, k, v = layer.read(x, teacher=True)
+                keys.index_copy_(2, self.position, rotate(k, here).transpose(1, 2).to(keys.dtype))
+                values.index_copy_(2, self.position, v.transpose(1, 2).to(values.dtype))
+                # The query heads of a group stand where queries of several tokens would: nothing is repeated.
+                query = rotate(q, here).to(keys.dtype).unflatten(2, (g.num_kv_heads, g.groups))[:, 0]
+                y = F.scaled_dot_product_attention(
+                    query, keys[:, :, : self.end], values[:, :, : self.end], attn_mask=mask
+                )
+                x = layer.write(x, y.flatten(1, 2)[:, None], teacher=True)
+            return model.lm_head(model.norm(x[:, -1]))
 
 
 def _choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
-    """Nucleus sampling, [B,V] -> [B,1]. The 512 likeliest tokens hold the nucleus in practice."""
-    top, index = (logits / temperature).topk(min(512, logits.shape[-1]))
+    """Nucleus sampling, [B,V] -> [B,1]. The 128 likeliest tokens hold the nucleus in practice."""
+    top, index = (logits / temperature).topk(min(128, logits.shape[-1]))
     probs = top.softmax(-1)
     probs = probs.masked_fill(probs.cumsum(-1) - probs > top_p, 0.0)
     return index.gather(1, torch.multinomial(probs, 1, generator=generator))

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from lawcat_edge.distill.full_attention import FullAttention
+from lawcat_edge.lora import parse_targets
 from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.runtime.files import read_json
 
@@ -26,6 +28,8 @@ _WHOLE = {
     "feature_dim": (0, 1024),
     "conv_kernel": (2, 16),
     "window": (0, 8192),
+    "span": (0, 1 << 24),
+    "ranking_tokens": (16, 1 << 24),
     "seed": (0, (1 << 63) - 1),
     "checkpoint_every": (1, 1 << 40),
     "checkpoint_seconds": (0, 1 << 31),
@@ -48,7 +52,11 @@ class DistillSettings:
     """Both stages of LAWCAT distillation (arXiv 2509.18467, section 4). Token counts are of training tokens.
 
     kl_weight, ce_weight: parts of the fine-tuning loss: KL(teacher || student), and next-token cross-entropy.
-    answer_weight: weight of answer tokens in the cross-entropy of generated tasks (other tokens count 1).
+    answer_weight: weight of answer tokens of generated tasks, in KL and cross-entropy (other tokens count 1).
+    full_attention: layers that keep softmax attention: ``none``, numbers (``14,17,20,23``), ``every:7``, or
+        ``auto:4``, the four that help a pure student most (``lawcat_edge.distill.full_attention``).
+    span: tokens that these see; 0: the teacher's range. ranking_tokens: text that ``auto`` reads.
+    lora_targets: ``all-linear``, or projections by name, as peft's target_modules.
     teacher_tokens: how much text to sample from the teacher when task_mix names ``teacher``.
     compile: torch.compile the parts around the Triton kernels (a fifth faster on a GPU, after half a minute).
     warmup: share of a stage's steps in which the rate rises. clip: largest norm of a gradient (0: any).
@@ -70,6 +78,7 @@ class DistillSettings:
     clip: float = 1.0
     lora_rank: int = 8
     lora_alpha: float = 16.0
+    lora_targets: str = "q_proj,k_proj,v_proj,o_proj"
     kl_weight: float = 1.0
     ce_weight: float = 0.0
     answer_weight: float = 1.0
@@ -78,6 +87,10 @@ class DistillSettings:
     feature_dim: int = 0
     conv_kernel: int = 4
     window: int = 0
+    window_scaling: str = "max_score"
+    full_attention: str = "none"
+    span: int = 0
+    ranking_tokens: int = 4096
     rope: bool = False
     precision: str = "auto"
     backend: str = "auto"
@@ -103,9 +116,11 @@ class DistillSettings:
         for name in ("rope", "compile"):
             if type(getattr(self, name)) is not bool:
                 raise LawcatError(f"{name} must be true or false, not {getattr(self, name)!r}.")
-        for name in ("task_mix", "backend"):
+        for name in ("task_mix", "backend", "full_attention", "lora_targets", "window_scaling"):
             if not isinstance(getattr(self, name), str) or len(getattr(self, name)) > 1000:
                 raise LawcatError(f"{name} must be a short text, not {str(getattr(self, name))[:40]!r}.")
+        parse_targets(self.lora_targets)
+        FullAttention.parse(self.full_attention)
         if self.kl_weight + self.ce_weight <= 0:
             raise LawcatError("Fine-tuning needs a loss: set kl_weight or ce_weight above 0.")
         if self.window > min(self.seq_len, self.finetune_seq_len):

@@ -10,7 +10,7 @@ from lawcat_edge.model import LawcatModel
 
 
 class TransferStep(nn.Module):
-    """Stage 1, attention transfer: mean over layers of the squared error, times 1000."""
+    """Stage 1, attention transfer: mean over linear-attention layers of the squared error, times 1000."""
 
     def __init__(self, model: LawcatModel) -> None:
         super().__init__()
@@ -20,7 +20,8 @@ class TransferStep(nn.Module):
         self, ids: Tensor, weight: Tensor | None = None, norm: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         layers = self.model.transfer_losses(ids)
-        return layers.mean() * 1000, {"layers": layers.detach()}
+        linear = sum(not layer.full for layer in self.model.layers)
+        return layers.sum() / linear * 1000, {"layers": layers.detach()}
 
 
 class FinetuneStep(nn.Module):
@@ -33,9 +34,9 @@ class FinetuneStep(nn.Module):
     def forward(
         self, ids: Tensor, weight: Tensor | None = None, norm: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """ids [B,T]; weight [B,T] of each token as a target of the cross-entropy (None: all 1).
+        """ids [B,T]; weight [B,T] of each token as a target, in KL and cross-entropy (None: all 1).
 
-        norm: what the weighted cross-entropies are divided by; None: the sum of these weights. A step of
+        norm: what the weighted losses are divided by; None: the sum of these weights. A step of
         several batches or processes gives each the mean sum over all, so that their losses average to that
         of one large batch, in which heavy tokens need not be spread evenly.
         """
@@ -52,11 +53,12 @@ class FinetuneStep(nn.Module):
             student[:, :-1].flatten(0, 1),
             None if teacher is None else teacher.flatten(0, 1),
             targets.flatten(),
-            torch.full_like(shares, self.kl_weight / shares.numel()).flatten(),
+            (self.kl_weight * shares).flatten(),
             (self.ce_weight * shares).flatten(),
             compiled=self.model.compiled,
         )
-        return loss, {"kl": kl.mean(), "ce": (ce * shares.flatten()).sum()}
+        flat = shares.flatten()
+        return loss, {"kl": (kl * flat).sum(), "ce": (ce * flat).sum()}
 
 
 def target_weights(ids: Tensor, weight: Tensor | None) -> Tensor:

@@ -161,7 +161,7 @@ class StageRun:
     def _norm(self, batches: list[tuple[Tensor, Tensor | None]]) -> Tensor | None:
         """The loss weight of this step's average batch, over all processes; None where there is but one."""
         alone = len(batches) == 1 and self.accelerator.num_processes == 1
-        if alone or self.stage != "finetune" or not self.settings.ce_weight:
+        if alone or self.stage != "finetune":
             return None
         sums = [target_weights(ids, weight).sum() for ids, weight in batches]
         return self.accelerator.reduce(torch.stack(sums).mean(), "mean")

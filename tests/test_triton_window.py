@@ -1,0 +1,108 @@
+"""The window's Triton kernels in the interpreter, against every pair of tokens in float64."""
+
+import os
+import subprocess
+import sys
+
+if "triton" not in sys.modules:  # the interpreter is chosen when triton is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from triton.runtime.interpreter import InterpretedFunction
+
+from lawcat_edge.ops.window.triton import forward_kernel, window_triton
+
+INTERPRETED = isinstance(forward_kernel, InterpretedFunction)
+interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own, below")
+RATIO = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this process interprets already")
+def test_this_file_in_a_process_that_interprets():
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    run = subprocess.run([sys.executable, "-m", "pytest", __file__], env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """Fresh memory holds NaN (or the largest int), so that an output left unwritten fails."""
+    empty = torch.empty
+
+    def fill(x):
+        return x.fill_(torch.nan if x.is_floating_point() else torch.iinfo(x.dtype).max)
+
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: fill(empty(*a, **k)))
+    monkeypatch.setattr(torch, "empty_like", lambda x: fill(empty(x.shape, dtype=x.dtype, device=x.device)))
+
+
+def assert_close(name, ref, got, ratio):
+    assert got.shape == ref.shape, name
+    # a text of one token has no gradient at all: what rounding leaves of it is held against 1
+    error = (got.double() - ref.double()).norm() / ref.double().norm().clamp_min(1.0)
+    assert error < ratio, f"{name}: {error:.2e} is not below {ratio:.0e}"
+
+
+def naive(q, k, v, window):
+    """Every score formed; the largest of a row has its gradient, as ``amax`` gives it where it is unique."""
+    _, T, H, d = q.shape
+    k, v = (x.repeat_interleave(H // x.shape[2], 2) for x in (k, v))
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) / d**0.5
+    age = torch.arange(T)[:, None] - torch.arange(T)
+    scores = scores.masked_fill((age < 0) | (age >= window), -torch.inf)
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    return torch.einsum("bhij,bjhd->bihd", weights, v), weights.sum(-1).transpose(1, 2)
+
+
+def compare(T, window, H=2, G=1, d=16, B=1, dtype=torch.float32, sharp=1.0, ratio=None):
+    torch.manual_seed(T)
+    args = [(torch.randn(B, T, heads, d) * sharp).to(dtype) for heads in (H, G, G)]
+    exact = [a.double().requires_grad_() for a in args]
+    mine = [a.clone().requires_grad_() for a in args]
+    ref, got = naive(*exact, window), window_triton(*mine, window)
+    weights = [torch.randn_like(o) for o in ref]
+    torch.stack([(o * w).sum() for o, w in zip(ref, weights, strict=True)]).sum().backward()
+    torch.stack([(o.double() * w).sum() for o, w in zip(got, weights, strict=True)]).sum().backward()
+    ratio = ratio or RATIO[dtype]
+    for name, r, o in zip(("N", "Z"), ref, got, strict=True):
+        assert_close(name, r, o, ratio)
+    for name, r, x in zip(("q", "k", "v"), exact, mine, strict=True):
+        assert_close(f"d{name}", r.grad, x.grad, 4 * ratio)
+
+
+@interpreted
+@pytest.mark.parametrize("T", [1, 2, 63, 64, 65, 130, 200])
+def test_lengths(T):
+    compare(T, 37, B=2)
+
+
+@interpreted
+@pytest.mark.parametrize("window", [1, 2, 63, 64, 65, 128, 129, 500])
+def test_windows(window):
+    compare(150, window)
+
+
+@interpreted
+@pytest.mark.parametrize(("H", "G"), [(3, 3), (3, 1), (6, 2), (9, 3)])
+def test_heads_and_groups(H, G):
+    compare(70, 20, H=H, G=G)
+
+
+@interpreted
+@pytest.mark.parametrize("d", [8, 24, 64, 80, 128])
+def test_widths(d):
+    compare(70, 20, d=d)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_low_precision(dtype):
+    compare(100, 30, dtype=dtype, H=4, G=2)
+
+
+@interpreted
+def test_scores_far_apart_stay_finite():
+    compare(100, 40, sharp=12.0, ratio=5e-5)  # scores of several hundred, which float32 rounds to 3e-5
