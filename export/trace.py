@@ -14,7 +14,7 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-from lawcat_edge.config import LawcatConfig
+from lawcat_edge.config import FULL, LINEAR, LawcatConfig
 from lawcat_edge.export.operators import translations
 from lawcat_edge.export.step import DecoderLayer, layer_module
 from lawcat_edge.families import Geometry
@@ -36,7 +36,8 @@ def trace_layer(geometry: Geometry, config: LawcatConfig, full: bool) -> Templat
     """One decoder layer of a kind, with B, T and the buffers' sizes dynamic; see ``DecoderLayer.forward``."""
     # Layers differ from each other, and models in these numbers, without a difference in the graph
     geometry = replace(geometry, num_layers=1, vocab_size=1)
-    config = replace(config, layer_types=())if not full else config
+    kinds = (LINEAR, FULL) if full else ()
+    config = replace(config, layer_types=kinds, attention_span=config.attention_span if full else 0)
     return _trace_layer(*(json.dumps(part.to_dict(), sort_keys=True) for part in (geometry, config)), full)
 
 
