@@ -214,10 +214,11 @@ def _write_graphs(
         if kind == "last" and "portable" in ops:
             for name, tokens in (("step", 1), ("chunk", CHUNK)):
                 ir.save(rewrite(model, "portable", tensors, tokens), folder / graph_files("portable")[name])
-        if kind == "last" and genai.needs_own_graph(layout.config):
-            best = genai_flavour(ops)
-            variant = model if best == "ort" else rewrite(model, best, tensors)
-            ir.save(genai.adapt(variant, layout.geometry, layout.config), folder / genai.GRAPH)
+    if genai.needs_own_graph(layout.config):
+        best = genai_flavour(ops)
+        interface = genai.GenaiInterface(layout, best)
+        model = stitch(layout, tensors, layers, all_positions=False, interface=interface)
+        ir.save(model if best == "ort" else rewrite(model, best, tensors), folder / genai.GRAPH)
     return counts
 
 

@@ -43,7 +43,11 @@ def stitch(
     present: list[ir.Value] = []
     for i in range(geometry.num_layers):
         template = layers[layout.config.full_attention(i)]
-        own = {"hidden": {"x": x, "h": h}, "inputs": shared, "state": past[i]}
+        own: dict[str, Mapping[str, ir.Value | None]] = {
+            "hidden": {"x": x, "h": h},
+            "inputs": shared,
+            "state": past[i],
+        }
         x, h, *after = instantiate(g, template, own, layout, i)
         present += after
     if not all_positions:
@@ -68,7 +72,7 @@ class Interface:
         self.state = expected_state(geometry, config)
         self.spans = expected_spans(geometry, config)
 
-    def begin(self, g: GraphBuilder) -> tuple[dict[str, ir.Value], list[dict[str, ir.Value]]]:
+    def begin(self, g: GraphBuilder) -> tuple[dict[str, ir.Value], list[dict[str, ir.Value | None]]]:
         """What all layers share, by name, and the state of every layer, by kind."""
         shared: dict[str, ir.Value] = {}
         if self.rope or self.spans:
@@ -78,7 +82,7 @@ class Interface:
         for name in self.spans:
             seqlens = g.input(f"{name}_seqlens_k", ir.DataType.INT32, ["B"])
             shared |= self.lengths(g, name, seqlens)
-        past: list[dict[str, ir.Value]] = [{} for _ in range(self.num_layers)]
+        past: list[dict[str, ir.Value | None]] = [{} for _ in range(self.num_layers)]
         for tensor in self.state:
             layer, kind = layer_and_kind(tensor)
             past[layer][kind] = g.input(tensor.input, ir.DataType.FLOAT, dims(tensor))
@@ -110,13 +114,13 @@ def dims(tensor: StateTensor) -> list[int | str]:
 def instantiate(
     g: GraphBuilder,
     template: Template,
-    given: Mapping[str, Mapping[str, ir.Value]],
+    given: Mapping[str, Mapping[str, ir.Value | None]],
     layout: Layout,
     layer: int,
 ) -> list[ir.Value]:
     """Copy the template's nodes into g with these inputs; large products become those of the scheme."""
     prefix = f"layers.{layer}"
-    values: dict[ir.Value, ir.Value] = {}
+    values: dict[ir.Value, ir.Value | None] = {}
     for value, (group, name) in zip(template.graph.inputs, template.inputs, strict=True):
         if group != "tensors":
             values[value] = given[group][name]
@@ -127,7 +131,7 @@ def instantiate(
         values[value] = g.constant(value.const_value.numpy())
     for number, node in enumerate(template.graph):
         if node.op_type == "Linear":
-            kind, x = node.attributes["name"].as_string(), values[_given(node.inputs[0])]
+            kind, x = node.attributes["name"].as_string(), _given(values[_given(node.inputs[0])])
             name, (N, K) = f"{prefix}.{kind}", layout.shape(kind, layer)
             bias = f"{name}.bias" if layout.has_bias(kind, layer) else None
             path, spec = f"{prefix}/{kind}", layout.spec(kind, layer)
@@ -152,7 +156,7 @@ def instantiate(
             new.name = f"{copy.name}:{i}" if needed else ""
             values[old] = new
         g.nodes.append(copy)
-    return [values[value] for value in template.graph.outputs]
+    return [_given(values[value]) for value in template.graph.outputs]
 
 
 def _given(value: ir.Value | None) -> ir.Value:
