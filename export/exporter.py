@@ -23,14 +23,15 @@ from lawcat_edge.export.extras import copy_tokenizer, token_ids
 from lawcat_edge.export.flavours import rewrite
 from lawcat_edge.export.layout import Layout, RounderOf
 from lawcat_edge.export.schemes import PRODUCTS, Scheme, load_scheme
-from lawcat_edge.export.stitch import stitch
+from lawcat_edge.export.stitch import SLOTS, stitch
 from lawcat_edge.export.trace import trace_layer
 from lawcat_edge.export.verify import Agreement, Reference, verify_folder
 from lawcat_edge.export.writer import DATA, JOURNAL, DataWriter
 from lawcat_edge.families import Geometry
-from lawcat_edge.runtime.bundle import MANIFEST, Manifest, expected_state, write_manifest
+from lawcat_edge.runtime.bundle import MANIFEST, Manifest, expected_spans, expected_state, write_manifest
 from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.runtime.files import FileLock, atomic_folder, write_json
+from lawcat_edge.runtime.state import slack
 from lawcat_edge.runtime.signature import SIGNATURE, sign
 from lawcat_edge.weights import MergedWeights, WeightSource, check_shapes
 
@@ -213,13 +214,21 @@ def _write_graphs(
             counts[flavour] = round(nodes / layout.geometry.num_layers, 2)
         if kind == "last" and "portable" in ops:
             for name, tokens in (("step", 1), ("chunk", CHUNK)):
-                ir.save(rewrite(model, "portable", tensors, tokens), folder / graph_files("portable")[name])
+                fixed = fixed_sizes(layout.geometry, layout.config, tokens)
+                ir.save(rewrite(model, "portable", tensors, fixed), folder / graph_files("portable")[name])
     if genai.needs_own_graph(layout.config):
         best = genai_flavour(ops)
         interface = genai.GenaiInterface(layout, best)
         model = stitch(layout, tensors, layers, all_positions=False, interface=interface)
         ir.save(model if best == "ort" else rewrite(model, best, tensors), folder / genai.GRAPH)
     return counts
+
+
+def fixed_sizes(geometry: Geometry, config: LawcatConfig, tokens: int) -> dict[str, int]:
+    """Sizes of a graph without dynamic shapes, by the names of the dimensions."""
+    spans = expected_spans(geometry.to_dict(), config.to_dict())
+    slots = {SLOTS[name]: span - 1 + max(tokens, slack(span)) for name, span in spans.items()}
+    return {"B": 1, "T": tokens, **slots, "R": max(tokens, *slots.values(), 1)}
 
 
 def genai_flavour(ops: Sequence[str]) -> str:

@@ -100,7 +100,7 @@ class GenaiInterface(Interface):
         self.window = {name: span for name, span in self.spans.items() if name == "window"}
         self._totals: dict[str, ir.Value] = {}
 
-    def begin(self, g: GraphBuilder) -> tuple[dict[str, ir.Value], list[dict[str, ir.Value | None]]]:
+    def begin(self, g: GraphBuilder) -> tuple[dict[str, ir.Value], list[dict[str, ir.Value]]]:
         shared: dict[str, ir.Value] = {}
         if self.rope or self.spans:
             positions = g.input("position_ids", ir.DataType.INT64, ["B", "T"])
@@ -119,7 +119,7 @@ class GenaiInterface(Interface):
                 )
                 shared |= lengths
             shared |= self._tables(g, positions)
-        past: list[dict[str, ir.Value | None]] = [{} for _ in range(self.num_layers)]
+        past: list[dict[str, ir.Value]] = [{} for _ in range(self.num_layers)]
         for tensor in self.state:
             layer, kind = layer_and_kind(tensor)
             if tensor.buffer == "window":
@@ -128,7 +128,9 @@ class GenaiInterface(Interface):
                 past[layer] |= self._unpacked(g, layer)
                 continue
             value = g.input(tensor.input, ir.DataType.FLOAT, dims(tensor))
-            past[layer][kind] = self._longer(g, value) if tensor.buffer and self.lengthen else value
+            if tensor.buffer and self.lengthen:
+                value = self._longer(g, value, ["B", *tensor.sizes()])
+            past[layer][kind] = value
         return shared, past
 
     def end(self, g: GraphBuilder, present: list[ir.Value]) -> None:
@@ -172,14 +174,18 @@ class GenaiInterface(Interface):
         longest = self._do(g, "Max", [tokens, *rows], "longest")
         missing = self._do(g, "Sub", [longest, tokens], "missing")
         pads = self._do(g, "Concat", [[0, 0], missing, [0]], "pads", axis=0)
-        return {
-            name: self._do(g, "Pad", [self._do(g, op, [angle], op), pads], name)
-            for name, op in (("cos_cache", "Cos"), ("sin_cache", "Sin"))
-        }
+        tables = {}
+        for name, op in (("cos_cache", "Cos"), ("sin_cache", "Sin")):
+            tables[name] = self._do(g, "Pad", [self._do(g, op, [angle], op), pads], name)
+            _describe(tables[name], ["R", self.head_dim // 2])
+        return tables
 
-    def _longer(self, g: GraphBuilder, value: ir.Value) -> ir.Value:
+    def _longer(self, g: GraphBuilder, value: ir.Value, shape: Sequence[int | str]) -> ir.Value:
+        """A buffer with slots for the tokens at hand; shape: as flavours read it."""
         pads = self._do(g, "Concat", [[0] * 6, self._tokens(g), [0]], "room", axis=0)
-        return self._do(g, "Pad", [value, pads], "longer")
+        longer = self._do(g, "Pad", [value, pads], "longer")
+        _describe(longer, [*shape[:2], "C", *shape[3:]])
+        return longer
 
     def _packed(self, layer: int) -> list[tuple[str, list[int]]]:
         """The kinds and shapes that conv_state of a layer holds."""
@@ -191,16 +197,20 @@ class GenaiInterface(Interface):
             if tensor.input.endswith("conv_state") or (tensor.buffer and rows)
         ]
 
-    def _unpacked(self, g: GraphBuilder, layer: int) -> dict[str, ir.Value | None]:
+    def _unpacked(self, g: GraphBuilder, layer: int) -> dict[str, ir.Value]:
         parts = self._packed(layer)
         sizes = [int(np.prod(shape)) for _, shape in parts]
         whole = g.input(f"past_key_values.{layer}.conv_state", ir.DataType.FLOAT, ["B", 1, sum(sizes)])
         pieces = self._do(g, "Split", [whole, sizes], "unpacked", outputs=len(sizes), axis=2)
-        # a window of one token has nothing to remember
-        own: dict[str, ir.Value | None] = dict.fromkeys(("conv_state", "key", "value"))
+        own: dict[str, ir.Value] = {}
         for (kind, shape), piece in zip(parts, [pieces] if len(sizes) == 1 else pieces, strict=True):
             value = self._do(g, "Reshape", [piece, [-1, *shape]], kind)
-            own[kind] = value if kind == "conv_state" else self._longer(g, value)
+            own[kind] = value if kind == "conv_state" else self._longer(g, value, ["B", *shape])
+        for tensor in self.state:
+            if tensor.buffer == "window" and layer_and_kind(tensor)[0] == layer and len(parts) == 1:
+                # a window of one token has nothing to remember
+                empty = g.constant(np.zeros((1, *tensor.sizes()), np.float32))
+                own[layer_and_kind(tensor)[1]] = self._longer(g, empty, ["B", *tensor.sizes()])
         return own
 
     def _pack(self, g: GraphBuilder, layer: int, after: dict[str, ir.Value]) -> None:
@@ -217,6 +227,11 @@ class GenaiInterface(Interface):
         whole = self._do(g, "Concat", flat, "packed", axis=2)
         size = sum(int(np.prod(shape)) for _, shape in parts)
         g.output(whole, f"present.{layer}.conv_state", ["B", 1, size])
+
+
+def _describe(value: ir.Value, shape: Sequence[int | str]) -> None:
+    """Flavours read sizes."""
+    value.type, value.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(shape)
 
 
 def replay(path: Path, tokens: np.ndarray, pieces: Sequence[int], start: int = 0) -> np.ndarray:

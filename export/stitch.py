@@ -13,6 +13,8 @@ from lawcat_edge.export.layout import Layout
 from lawcat_edge.export.trace import OPSET, Template
 from lawcat_edge.runtime.bundle import StateTensor, expected_spans, expected_state
 
+SLOTS = {"window": "W", "full": "S"}  # names of the dimensions along which buffers grow
+
 
 def stitch(
     layout: Layout,
@@ -43,7 +45,7 @@ def stitch(
     present: list[ir.Value] = []
     for i in range(geometry.num_layers):
         template = layers[layout.config.full_attention(i)]
-        own: dict[str, Mapping[str, ir.Value | None]] = {
+        own: dict[str, Mapping[str, ir.Value]] = {
             "hidden": {"x": x, "h": h},
             "inputs": shared,
             "state": past[i],
@@ -72,7 +74,7 @@ class Interface:
         self.state = expected_state(geometry, config)
         self.spans = expected_spans(geometry, config)
 
-    def begin(self, g: GraphBuilder) -> tuple[dict[str, ir.Value], list[dict[str, ir.Value | None]]]:
+    def begin(self, g: GraphBuilder) -> tuple[dict[str, ir.Value], list[dict[str, ir.Value]]]:
         """What all layers share, by name, and the state of every layer, by kind."""
         shared: dict[str, ir.Value] = {}
         if self.rope or self.spans:
@@ -82,7 +84,7 @@ class Interface:
         for name in self.spans:
             seqlens = g.input(f"{name}_seqlens_k", ir.DataType.INT32, ["B"])
             shared |= self.lengths(g, name, seqlens)
-        past: list[dict[str, ir.Value | None]] = [{} for _ in range(self.num_layers)]
+        past: list[dict[str, ir.Value]] = [{} for _ in range(self.num_layers)]
         for tensor in self.state:
             layer, kind = layer_and_kind(tensor)
             past[layer][kind] = g.input(tensor.input, ir.DataType.FLOAT, dims(tensor))
@@ -107,20 +109,19 @@ def layer_and_kind(tensor: StateTensor) -> tuple[int, str]:
 
 def dims(tensor: StateTensor) -> list[int | str]:
     """The shape in a graph: buffers of one kind are of one size."""
-    slots = {"window": "W", "full": "S"}
-    return ["B", *(slots[tensor.buffer] if isinstance(size, str) else size for size in tensor.shape)]
+    return ["B", *(SLOTS[tensor.buffer] if isinstance(size, str) else size for size in tensor.shape)]
 
 
 def instantiate(
     g: GraphBuilder,
     template: Template,
-    given: Mapping[str, Mapping[str, ir.Value | None]],
+    given: Mapping[str, Mapping[str, ir.Value]],
     layout: Layout,
     layer: int,
 ) -> list[ir.Value]:
     """Copy the template's nodes into g with these inputs; large products become those of the scheme."""
     prefix = f"layers.{layer}"
-    values: dict[ir.Value, ir.Value | None] = {}
+    values: dict[ir.Value, ir.Value] = {}
     for value, (group, name) in zip(template.graph.inputs, template.inputs, strict=True):
         if group != "tensors":
             values[value] = given[group][name]
@@ -131,7 +132,7 @@ def instantiate(
         values[value] = g.constant(value.const_value.numpy())
     for number, node in enumerate(template.graph):
         if node.op_type == "Linear":
-            kind, x = node.attributes["name"].as_string(), _given(values[_given(node.inputs[0])])
+            kind, x = node.attributes["name"].as_string(), values[_given(node.inputs[0])]
             name, (N, K) = f"{prefix}.{kind}", layout.shape(kind, layer)
             bias = f"{name}.bias" if layout.has_bias(kind, layer) else None
             path, spec = f"{prefix}/{kind}", layout.spec(kind, layer)
@@ -156,7 +157,7 @@ def instantiate(
             new.name = f"{copy.name}:{i}" if needed else ""
             values[old] = new
         g.nodes.append(copy)
-    return [_given(values[value]) for value in template.graph.outputs]
+    return [values[value] for value in template.graph.outputs]
 
 
 def _given(value: ir.Value | None) -> ir.Value:
