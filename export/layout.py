@@ -147,13 +147,16 @@ class Layout:
         norm = f"model.layers.{i}.input_layernorm.weight"
         yield from self._reading(f"{at}q_proj.weight", norm)
         yield from self._reading(f"{at}k_proj.weight", norm)
+        full, zero = self.config.full_attention(i), np.zeros((1, g.hidden_size), np.float32)
         for head in range(g.num_kv_heads):
             values = self._head(f"{at}v_proj.weight", head, norm)
             yield values if self.value_turn is None else self.value_turn.T @ values
-        if self.config.full_attention(i):
+            if not full and not self.config.window:
+                yield zero  # its bias makes a column of ones
+        if full:
             return
-        zero = np.zeros((1, g.hidden_size), np.float32)  # its bias makes the column of ones
-        yield zero
+        if self.config.window:
+            yield zero
         yield self._turned(np.ascontiguousarray(self._new(i, "gate_a").T), norm)
         yield zero
 
@@ -260,16 +263,19 @@ class Layout:
         return tensors
 
     def _qkv_bias(self, i: int) -> np.ndarray:
-        g, w, at = self.geometry, Widths.of(self.geometry, self.config), f"model.layers.{i}.self_attn."
-        bias = np.zeros(self.shape("qkv", i)[0], np.float32)
+        g, at, full = self.geometry, f"model.layers.{i}.self_attn.", self.config.full_attention(i)
+        values = np.zeros((g.num_kv_heads, g.head_dim), np.float32)
+        qk = np.zeros(g.query_width + g.kv_width, np.float32)
         if g.attention_bias:
-            values = self._get(f"{at}v_proj.bias").reshape(g.num_kv_heads, g.head_dim)
+            values = self._get(f"{at}v_proj.bias").reshape(values.shape)
             values = values if self.value_turn is None else values @ self.value_turn
-            own = [self._get(f"{at}{name}_proj.bias") for name in "qk"]
-            bias[: w.q + w.k + w.v] = np.concatenate([*own, values.reshape(-1)])
-        if not self.config.full_attention(i):
-            bias[w.q + w.k + w.v] = bias[-1] = 1
-        return bias
+            qk = np.concatenate([self._get(f"{at}{name}_proj.bias") for name in "qk"])
+        if full:
+            return np.concatenate([qk, values.reshape(-1)])
+        one, latent = np.ones((g.num_kv_heads, 1), np.float32), np.zeros(self.config.gate_rank, np.float32)
+        if self.config.window:
+            return np.concatenate([qk, values.reshape(-1), one[0], latent, one[0]])
+        return np.concatenate([qk, np.concatenate([values, one], 1).reshape(-1), latent, one[0]])
 
     def _new(self, i: int, name: str) -> np.ndarray:
         value = self.adapter[f"layers.{i}.{name}"]

@@ -33,7 +33,11 @@ Tensors = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Widths:
-    """Columns of the fused product of a linear layer, in order."""
+    """Columns of the fused product of a linear layer, in order.
+
+    With a window, q, k and v are as GroupQueryAttention takes them, and a column of ones (``one``) follows.
+    Without, every head's values bring their own one.
+    """
 
     q: int
     k: int
@@ -43,8 +47,10 @@ class Widths:
 
     @classmethod
     def of(cls, geometry: Geometry, config: LawcatConfig) -> Widths:
-        g = geometry
-        return cls(g.query_width, g.kv_width, g.kv_width, 1, config.gate_rank + 1)
+        g, latent = geometry, config.gate_rank + 1
+        if config.window:
+            return cls(g.query_width, g.kv_width, g.kv_width, 1, latent)
+        return cls(g.query_width, g.kv_width, g.kv_width + g.num_kv_heads, 0, latent)
 
     @property
     def total(self) -> int:
@@ -159,24 +165,13 @@ class LinearAttentionLayer(DecoderLayer):
     def attention(self, h: Tensor, tensors: Tensors, state: Tensors, inputs: Tensors) -> tuple[Tensor, ...]:
         g, c = self.geometry, self.config
         H, G, d, n = g.num_heads, g.num_kv_heads, g.head_dim, g.groups
-        F, w = c.key_dim, Widths.of(g, c)
-        packed, one, latent = torch.split(
-            self.product("qkv", h, tensors), [w.q + w.k + w.v, w.one, w.latent], 2
-        )
-        if g.qk_norm:
-            qk, v = torch.split(packed, [w.q + w.k, w.v], 2)
-            q, k = self.qk_normed(qk, tensors["qk_gamma"])
-            near = (q, k, v)
-            ks, vs = list(torch.split(k, d, 2)), list(torch.split(v, d, 2))
-        else:
-            near = (packed, None, None)
-            q, *heads = torch.split(packed, [w.q, *[d] * (2 * G)], 2)
-            ks, vs = heads[:G], heads[G:]
+        F = c.key_dim
+        q, ks, values, latent, near = self.projections(h, tensors)
         if c.rope:
             tables = [inputs[key] for key in ("position_ids", "cos_cache", "sin_cache")]
             q = ops.rotary(q, *tables, H)
-            k = ops.rotary(torch.cat(ks, 2) if len(ks) > 1 else ks[0], *tables, G)
-            ks = list(torch.split(k, d, 2)) if G > 1 else [k]
+            k = ops.rotary(joined(ks), *tables, G)
+            ks = list(torch.split(k, d, 2)) if n > 1 else [k]
 
         # Convolution and feature map: [B, channels, T] -> phi [B,T,2,H,F]; heads that share k or v repeat it
         channels = torch.cat([q, *(k for k in ks for _ in range(n))], 2)
@@ -186,7 +181,7 @@ class LinearAttentionLayer(DecoderLayer):
         phi_q, phi_k = torch.split(ops.reshape(phi, [0, 0, -1]), H * F, 2)
 
         decay = ops.softplus(latent @ tensors["gate_b"]) * (-1.0 / c.gate_divisor)
-        values = torch.cat([part for v in vs for _ in range(n) for part in (v, one)], 2)
+        values = joined([part for parts in values for _ in range(n) for part in parts])
         out, after = ops.linear_attention(phi_q, phi_k, values, state["recurrent_state"], decay)
         out = ops.reshape(out, [0, 0, H, d + 1])
         if not c.window:
@@ -205,6 +200,41 @@ class LinearAttentionLayer(DecoderLayer):
         # eps guards a division by zero, so here, where one is added, it need not be scaled
         y = (ops.reshape(y, [0, 0, H, d]) + num) / (den + (1 + c.eps))
         return ops.reshape(y, [0, 0, -1]), conv_after, after, *buffers
+
+    def projections(
+        self, h: Tensor, tensors: Tensors
+    ) -> tuple[Tensor, list[Tensor], list[tuple[Tensor, ...]], Tensor, tuple[Tensor, Tensor | None, Tensor | None]]:
+        """q; k by head where heads share it; by head what makes [v, 1]; the gate's latent; the window's q, k, v."""
+        g, w = self.geometry, Widths.of(self.geometry, self.config)
+        G, d = g.num_kv_heads, g.head_dim
+        heads = [d] * G if g.groups > 1 else [w.k]
+        whole = self.product("qkv", h, tensors)
+        if not self.config.window:
+            # one list for as much as can be split at once
+            each = [w.v // G] * G if g.groups > 1 else [w.v]
+            parts = [w.q + w.k] if g.qk_norm else [w.q, *heads]
+            *qk, latent = torch.split(whole, [*parts, *each, w.latent], 2)
+            qk, vs = qk[: len(parts)], qk[len(parts) :]
+            if g.qk_norm:
+                q, k = self.qk_normed(qk[0], tensors["qk_gamma"])
+                qk = [q, *(torch.split(k, d, 2) if g.groups > 1 else [k])]
+            return qk[0], qk[1:], [(v,) for v in vs], latent, (whole, None, None)
+        packed, one, latent = torch.split(whole, [w.q + w.k + w.v, w.one, w.latent], 2)
+        near: tuple[Tensor, Tensor | None, Tensor | None] = (packed, None, None)
+        if g.qk_norm:
+            normed, v = torch.split(packed, [w.q + w.k, w.v], 2)
+            q, k = self.qk_normed(normed, tensors["qk_gamma"])
+            near = (q, k, v)
+            ks = list(torch.split(k, d, 2)) if g.groups > 1 else [k]
+            vs = list(torch.split(v, d, 2)) if G > 1 else [v]
+        else:
+            q, *rest = torch.split(packed, [w.q, *heads, *[d] * G], 2)
+            ks, vs = rest[: len(heads)], rest[len(heads) :]
+        return q, ks, [(v, one) for v in vs], latent, near
+
+
+def joined(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts, 2) if len(parts) > 1 else parts[0]
 
 
 def layer_module(geometry: Geometry, config: LawcatConfig, full: bool) -> DecoderLayer:
