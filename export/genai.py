@@ -184,7 +184,7 @@ class GenaiInterface(Interface):
         """A buffer with slots for the tokens at hand; shape: as flavours read it."""
         pads = self._do(g, "Concat", [[0] * 6, self._tokens(g), [0]], "room", axis=0)
         longer = self._do(g, "Pad", [value, pads], "longer")
-        _describe(longer, [*shape[:2], "C", *shape[3:]])
+        _describe(longer, [*shape[:2], longer.name or "", *shape[3:]])  # each of a size of its own
         return longer
 
     def _packed(self, layer: int) -> list[tuple[str, list[int]]]:

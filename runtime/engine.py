@@ -161,9 +161,6 @@ class Engine:
 
     def _call(self, kind: str, ids: np.ndarray, state: State) -> np.ndarray:
         T = ids.shape[1]
-        if self._frequencies is not None:
-            # onnxruntime wants a table as long as the buffers; the rows in use are the first
-            state.tables(ids.size, self._frequencies.size)
         key = (kind, T, state.phase)
         call = state.bindings.get(key)
         if call is None:
@@ -171,7 +168,7 @@ class Engine:
             if kind == "last" and T in (1, self.chunk):  # the lengths that repeat
                 state.bindings[key] = call
         call.ids[...] = ids
-        self._fill_extra(call, state, T)
+        state.fill_inputs(call.extra, self._frequencies)
         try:
             call.session.run_with_iobinding(call.binding)
         except Exception as error:
@@ -199,24 +196,11 @@ class Engine:
         """Stop profiling (see profile_prefix) and return the trace's path."""
         return Path(self._sessions["last"].end_profiling())
 
-    def _fill_extra(self, call: _Call, state: State, T: int) -> None:
-        for name, buffer in state.buffers.items():
-            call.extra[f"{name}_seqlens_k"][:] = buffer.fill + (T - 1)
-        if self._frequencies is not None:
-            for row, position in enumerate(state.positions):
-                angle = rotary.angles(self._frequencies, int(position), T)
-                own = slice(row * T, (row + 1) * T)
-                np.cos(angle, out=state.cos[own], casting="same_kind")
-                np.sin(angle, out=state.sin[own], casting="same_kind")
-
     def _bind(self, kind: str, T: int, state: State) -> _Call:
         session = self._session(kind)
         ids = np.zeros((state.batch, T), np.int64)
         logits = aligned((state.batch, T if kind == "all" else 1, self.vocab_size))
-        extra = {f"{name}_seqlens_k": np.zeros(state.batch, np.int32) for name in state.buffers}
-        if self._frequencies is not None:
-            extra["position_ids"] = np.arange(ids.size, dtype=np.int64).reshape(ids.shape)
-            extra["cos_cache"], extra["sin_cache"] = state.cos, state.sin
+        extra = state.new_inputs(T, self._frequencies)
         binding = session.io_binding()
         inputs = [("input_ids", ids), *extra.items()]
         inputs += [(t.input, array) for t, array in zip(state.tensors, state.arrays, strict=True)]

@@ -7,11 +7,12 @@ Keys are rotated at their positions before they are stored, so a row may lie in 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from lawcat_edge.runtime import rotary
 from lawcat_edge.runtime.bundle import StateTensor
 
 BLOCK = 256  # rows by which a buffer grows
@@ -75,7 +76,7 @@ class State:
             shape = (batch, *tensor.sizes(self._slots(tensor)))
             self.arrays.append(aligned(shape))
             self._spare.append(self.arrays[-1] if same else aligned(shape))
-        self.cos = self.sin = aligned((0, 0))
+        self._cos = self._sin = aligned((0, 0))
         self.phase = 0
         self.bindings: dict[Any, Any] = {}
 
@@ -105,6 +106,9 @@ class State:
         self.arrays, self._spare = self._spare, self.arrays
         if not all(self.in_place):
             self.phase ^= 1
+        self._count(tokens)
+
+    def _count(self, tokens: int) -> None:
         self.positions += tokens
         for buffer in self.buffers.values():
             buffer.fill += tokens
@@ -149,13 +153,55 @@ class State:
                 self._spare[i] = self.arrays[i] if self.in_place[i] else aligned(shape)
         buffer.slots = slots
 
-    def tables(self, rows: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rotary tables of at least so many rows, and of as many as any buffer has slots."""
-        rows = max(rows, *(buffer.slots for buffer in self.buffers.values()), self.cos.shape[0])
-        if self.cos.shape != (rows, width):
-            self.bindings.clear()
-            self.cos, self.sin = aligned((rows, width)), aligned((rows, width))
-        return self.cos, self.sin
+    # -- what a graph takes beside tokens and tensors --------------------------------------------------------
+
+    def new_inputs(self, tokens: int, frequencies: np.ndarray | None) -> dict[str, np.ndarray]:
+        """Arrays for the graph inputs that tell positions and lengths, for so many tokens of every sequence.
+
+        frequencies: of ``rotary.inverse_frequencies``; None where the graph has no rotary embedding. The
+        tables have the rows of the tokens at hand and then as many more as onnxruntime asks for.
+        """
+        shape = (self.batch, tokens)
+        inputs = {f"{name}_seqlens_k": np.zeros(self.batch, np.int32) for name in self.buffers}
+        if frequencies is not None:
+            slots = [buffer.slots for buffer in self.buffers.values()]
+            rows = max(self.batch * tokens, self._cos.shape[0], *slots)
+            if self._cos.shape != (rows, frequencies.size):
+                self.bindings.clear()  # they hold the old tables
+                self._cos, self._sin = (aligned((rows, frequencies.size)) for _ in range(2))
+            inputs["position_ids"] = np.arange(self.batch * tokens, dtype=np.int64).reshape(shape)
+            inputs["cos_cache"], inputs["sin_cache"] = self._cos, self._sin
+        return inputs
+
+    def fill_inputs(self, inputs: dict[str, np.ndarray], frequencies: np.ndarray | None) -> None:
+        """Write the positions and lengths of the next tokens into arrays of ``new_inputs``."""
+        for name, buffer in self.buffers.items():
+            inputs[f"{name}_seqlens_k"][:] = buffer.fill + (self._tokens(inputs) - 1)
+        if frequencies is not None:
+            T = self._tokens(inputs)
+            for row, position in enumerate(self.positions):
+                angle = rotary.angles(frequencies, int(position), T)
+                own = slice(row * T, (row + 1) * T)
+                np.cos(angle, out=inputs["cos_cache"][own], casting="same_kind")
+                np.sin(angle, out=inputs["sin_cache"][own], casting="same_kind")
+
+    @staticmethod
+    def _tokens(inputs: dict[str, np.ndarray]) -> int:
+        return inputs["position_ids"].shape[1]
+
+    def feeds(self, ids: np.ndarray, frequencies: np.ndarray | None) -> dict[str, np.ndarray]:
+        """All inputs of a graph by name, for a session that is run without bindings: ids [B,T]."""
+        self.make_room(ids.shape[1])
+        inputs = self.new_inputs(ids.shape[1], frequencies)
+        self.fill_inputs(inputs, frequencies)
+        tensors = {t.input: array for t, array in zip(self.tensors, self.arrays, strict=True)}
+        return {"input_ids": ids, **inputs, **tensors}
+
+    def take(self, outputs: Mapping[str, np.ndarray], tokens: int) -> None:
+        """The state after those tokens, from the outputs of such a session."""
+        assert not any(self.in_place)
+        self.arrays = [outputs[tensor.output] for tensor in self.tensors]
+        self._count(tokens)
 
     # -- whole states ----------------------------------------------------------------------------------------
 
