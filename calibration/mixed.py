@@ -54,7 +54,8 @@ class Sizes:
             total += _bytes(head, *table)
         if scheme.rotate and g.tie_embeddings:
             total += (4 if head.kind == "fp32" else 2) * g.hidden_size**2
-        own = turn(g.intermediate_size) if scheme.rotate else None
+        turned = any(scheme.turns_down(i) for i in range(g.num_layers))
+        own = turn(g.intermediate_size) if turned else None
         return self.rest + total + (own.nbytes if own is not None else 0)
 
 

@@ -47,10 +47,13 @@ class Layout:
         """Of each head's values [d,d], undone by o."""
         return head_turn(self.geometry.head_dim) if self.scheme.rotate else None
 
+    def down_turn(self, layer: int) -> np.ndarray | None:
+        """Of each block of the input of a layer's ``down``, undone by its weights."""
+        return self._turn if self.scheme.turns_down(layer) else None
+
     @cached_property
-    def down_turn(self) -> np.ndarray | None:
-        """Of each block of down's input, undone by its weights."""
-        return turn(self.geometry.intermediate_size) if self.scheme.rotate else None
+    def _turn(self) -> np.ndarray | None:
+        return turn(self.geometry.intermediate_size)
 
     @property
     def head_transform(self) -> bool:
@@ -137,8 +140,9 @@ class Layout:
 
     def store_first_norm(self, writer: DataWriter) -> None:
         writer.array("first_norm", self._gain("model.layers.0.input_layernorm.weight"))
-        if self.down_turn is not None:
-            writer.array("down_turn", self.down_turn)
+        turns = (self.down_turn(i) for i in range(self.geometry.num_layers))
+        if any(own is not None for own in turns) and self._turn is not None:
+            writer.array("down_turn", self._turn)
 
     # -- rows of the fused products --------------------------------------------------------------------------
 
@@ -169,7 +173,7 @@ class Layout:
         yield from self._reading(f"model.layers.{i}.mlp.up_proj.weight", norm)
 
     def _down(self, i: int) -> Iterator[np.ndarray]:
-        return self._writing(f"model.layers.{i}.mlp.down_proj.weight", self.down_turn)
+        return self._writing(f"model.layers.{i}.mlp.down_proj.weight", self.down_turn(i))
 
     def _reading(self, name: str, norm: str | None) -> Iterator[np.ndarray]:
         """Rows of a weight that reads the residual stream behind ``norm``."""

@@ -136,8 +136,8 @@ def instantiate(
             name, (N, K) = f"{prefix}.{kind}", layout.shape(kind, layer)
             bias = f"{name}.bias" if layout.has_bias(kind, layer) else None
             path, spec = f"{prefix}/{kind}", layout.spec(kind, layer)
-            if kind == "down" and layout.down_turn is not None:
-                x = products.emit_turn(g, "down_turn", len(layout.down_turn), x, f"{path}/turn")
+            if kind == "down" and (turn := layout.down_turn(layer)) is not None:
+                x = products.emit_turn(g, "down_turn", len(turn), x, f"{path}/turn")
             result = products.emit(g, spec, name, x, N, K, bias, path, layout.ranges.get(path))
             values[node.outputs[0]] = result
             continue

@@ -17,7 +17,7 @@ from lawcat_edge.runtime.bundle import StateTensor
 
 BLOCK = 256  # rows by which a buffer grows
 _AT_ONCE = 512  # a buffer that never needs more has all its slots from the first token on
-_LEAST_SLACK = 64
+_LEAST_SLACK = 32
 
 
 def slack(span: int) -> int:
