@@ -333,6 +333,20 @@ def state_bytes(state: Iterable[StateTensor], spans: dict[str, int], tokens: int
     return total
 
 
+def state_sizes(state: Iterable[StateTensor], spans: dict[str, int]) -> dict[str, int]:
+    """Bytes of the state of one text before its first token, after 8,192 tokens, and at most."""
+    tensors = list(state)
+    return {name: state_bytes(tensors, spans, n) for name, n in (("empty", 0), ("8192", 8192), ("most", None))}
+
+
+def describe_state(sizes: dict[str, int]) -> str:
+    """``state_sizes`` in words."""
+    empty, later, most = (f"{sizes[key] / 1e6:.2f} MB" for key in ("empty", "8192", "most"))
+    if sizes["empty"] == sizes["most"]:
+        return f"{most} a text, whatever its length"
+    return f"{empty} before the first token, {later} after 8,192, {most} at most"
+
+
 class Bundle:
     """An opened, checked bundle folder. ``sha256`` is that of the manifest, and so stands for every file."""
 

@@ -38,7 +38,7 @@ def test_a_whole_bundle_passes(whole: Path) -> None:
     checks = verify(whole)
     assert [check.name for check in checks] == ["files", "tensors", "text", "parity (ort)"]
     opened = Bundle.open(whole)
-    assert opened.manifest.state_bytes == 2 * 4 * (64 * 3 + 2 * 16 * 17)
+    assert opened.manifest.state_bytes() == 2 * 4 * (64 * 3 + 2 * 16 * 17)
     assert opened.path("model.onnx").is_file()
     with pytest.raises(LawcatError, match="no file"):
         opened.path("../secret")
