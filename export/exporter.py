@@ -31,8 +31,8 @@ from lawcat_edge.families import Geometry
 from lawcat_edge.runtime.bundle import MANIFEST, Manifest, expected_spans, expected_state, write_manifest
 from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.runtime.files import FileLock, atomic_folder, write_json
-from lawcat_edge.runtime.state import slack
 from lawcat_edge.runtime.signature import SIGNATURE, sign
+from lawcat_edge.runtime.state import slack
 from lawcat_edge.weights import MergedWeights, WeightSource, check_shapes
 
 FLAVOURS = ("ort", "onnx", "portable")

@@ -46,6 +46,7 @@ class _Rewriter:
 
     def run(self, model: ir.Model) -> ir.Model:
         g = self.g
+
         def shape_of(value: ir.Value) -> list[int | str]:
             assert value.shape is not None
             names = [dim if isinstance(dim, int) else str(dim.value) for dim in value.shape]
@@ -215,7 +216,9 @@ class _Rewriter:
             do(op, [do("Mul", [near, c], path, f"{op}c"), do("Mul", [far, s], path, f"{op}s")], path, op)
             for op, near, far in (("Sub", *halves), ("Add", *halves[::-1]))
         ]
-        return do("Reshape", [do("Concat", turned, path, "joined", axis=3), self._ints(0, 0, -1)], path, "turned")
+        return do(
+            "Reshape", [do("Concat", turned, path, "joined", axis=3), self._ints(0, 0, -1)], path, "turned"
+        )
 
     def on_GroupQueryAttention(  # noqa: N802
         self, own: Values, attributes: dict[str, Any], path: str
@@ -230,7 +233,13 @@ class _Rewriter:
             for x, heads, name in ((q, H, "q"), (k, G, "k"))
         )
         rows = [
-            do("Transpose", [do("Reshape", [x, self._ints(0, 0, G, d)], path, f"{name}4")], path, name, perm=[0, 2, 1, 3])
+            do(
+                "Transpose",
+                [do("Reshape", [x, self._ints(0, 0, G, d)], path, f"{name}4")],
+                path,
+                name,
+                perm=[0, 2, 1, 3],
+            )
             for x, name in ((k, "new_key"), (v, "new_value"))
         ]
         key, value = (
@@ -241,19 +250,20 @@ class _Rewriter:
         if self.flavour == "onnx":
             q = do("Reshape", [q, self._ints(0, 0, H, d)], path, "q4")
             q = do("Transpose", [q], path, "queries", perm=[0, 2, 1, 3])
-            weights = [None, None, "weights"] if "qk_output" in attributes else []
+            scaled = "qk_output" in attributes  # then the weights are asked for
+            extra: dict[str, Any] = {"qk_matmul_output_mode": 3} if scaled else {}
             made = self.g.node(
                 "Attention",
                 [q, key, value, mask],
                 f"{path}/read",
-                outputs=1 + len(weights),
+                outputs=4 if scaled else 1,
                 scale=attributes["scale"],
-                **({"qk_matmul_output_mode": 3} if weights else {}),
+                **extra,
             )
-            out = made[0] if weights else made
+            out = made[0] if scaled else made
             out = do("Transpose", [out], path, "rows", perm=[0, 2, 1, 3])
             out = do("Reshape", [out, self._ints(0, 0, H * d)], path, "out")
-            return [out, key, value, *([made[3]] if weights else [])]
+            return [out, key, value, *([made[3]] if scaled else [])]
         # heads that share keys are rows beside each other: [B,G,nT,d]
         q = do("Reshape", [q, self._ints(0, 0, G, n, d)], path, "q5")
         q = do("Transpose", [q], path, "queries5", perm=[0, 2, 3, 1, 4])
@@ -319,7 +329,13 @@ class _Rewriter:
         """0 where a token sees a slot, -inf elsewhere: [B,1,T,C]."""
         path, do = f"{_name(seqlens)}/visible", self._do
         slots = do("Unsqueeze", [self._shared(self._slots, seqlens), self._ints(1, 3)], path, "slots")
-        count = do("Gather", [do("Shape", [key], path, "shape"), self.g.constant(np.array(2, np.int64))], path, "C", axis=0)
+        count = do(
+            "Gather",
+            [do("Shape", [key], path, "shape"), self.g.constant(np.array(2, np.int64))],
+            path,
+            "C",
+            axis=0,
+        )
         zero, one = (self.g.constant(np.array(i, np.int64)) for i in (0, 1))
         age = do("Sub", [slots, do("Range", [zero, count, one], path, "numbers")], path, "age")
         inside = [

@@ -1,10 +1,10 @@
 """What onnxruntime-genai needs to run a bundle as it is: genai_config.json and, for some bundles, a graph.
 
-It feeds ``input_ids`` and ``position_ids``. Of layers with linear attention it keeps one ``conv_state`` of rank
-3 and one ``recurrent_state`` of rank 4, the same in all of them, zero at the start; of layers with full
+It feeds ``input_ids`` and ``position_ids``. Of layers with linear attention it keeps one ``conv_state`` of
+rank 3 and one ``recurrent_state`` of rank 4, the same in all of them, zero at the start; of layers with full
 attention ``key`` and ``value`` of all tokens so far. ``model.onnx`` fits that where there is neither softmax
-attention nor a rotary linear branch. Elsewhere ``model_genai.onnx`` computes the rotary tables and the buffers'
-lengths from the positions, and carries the keys and values of the window inside conv_state:
+attention nor a rotary linear branch. Elsewhere ``model_genai.onnx`` computes the rotary tables and the
+buffers' lengths from the positions, and carries the keys and values of the window inside conv_state:
 [B, 1, C (K-1) + 2 G (w-1) d], the three tensors one after the other. Its weights are those of
 ``model.onnx.data``, so it costs the size of a graph.
 """
@@ -161,7 +161,9 @@ class GenaiInterface(Interface):
 
     def _tables(self, g: GraphBuilder, positions: ir.Value) -> dict[str, ir.Value]:
         """Rows for the tokens at hand, and then as many more as onnxruntime asks for."""
-        row = self._do(g, "Reshape", [self._do(g, "Slice", [positions, [0], [1], [0]], "one"), [-1, 1]], "row")
+        row = self._do(
+            g, "Reshape", [self._do(g, "Slice", [positions, [0], [1], [0]], "one"), [-1, 1]], "row"
+        )
         # Turns in float64, as the runner does: float32 loses the fraction of a turn at long positions. The
         # fraction alone goes to Cos and Sin, which onnxruntime 1.25 has for float32 only.
         turns = g.constant(self.frequencies[None] / (2 * np.pi))
@@ -245,7 +247,9 @@ def replay(path: Path, tokens: np.ndarray, pieces: Sequence[int], start: int = 0
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     state = {
-        item.name: np.zeros([size if isinstance(size, int) else 0 for size in [1, *item.shape[1:]]], np.float32)
+        item.name: np.zeros(
+            [size if isinstance(size, int) else 0 for size in [1, *item.shape[1:]]], np.float32
+        )
         for item in session.get_inputs()
         if item.name.startswith("past_key_values.")
     }

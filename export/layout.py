@@ -13,7 +13,7 @@ from lawcat_edge.export import products
 from lawcat_edge.export.rotation import Rotation, head_turn, turn
 from lawcat_edge.export.rounding import Rounder
 from lawcat_edge.export.schemes import Product, Scheme
-from lawcat_edge.export.step import DecoderLayer, Widths, layer_module
+from lawcat_edge.export.step import DecoderLayer, layer_module
 from lawcat_edge.export.writer import DataWriter
 from lawcat_edge.families import Geometry
 from lawcat_edge.runtime.errors import LawcatError

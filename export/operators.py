@@ -1,7 +1,7 @@
-"""The operators of the step form, registered with torch: they run, they trace, and each becomes its ONNX nodes.
+"""The operators of the step form, registered with torch: they run, they trace, they become ONNX nodes.
 
 Every operator has a real implementation in torch, which is what the tests hold against
-``lawcat_edge.attention``; one for shapes alone, which tracing calls; and a function that writes its nodes, for
+``lawcat_edge.attention``; one for shapes alone, which tracing calls; and one that writes its nodes, for
 ``torch.onnx.export(custom_translation_table=translations())``. The nodes are those of onnxruntime
 (com.microsoft, all known to 1.25.1); other flavours are made from them by ``flavours``.
 
@@ -22,7 +22,9 @@ _library = torch.library.Library("lawcat", "DEF")
 _translations: list[tuple[str, Callable[..., Any]]] = []
 
 
-def _register(schema: str, real: Callable[..., Any], shapes: Callable[..., Any], nodes: Callable[..., Any]) -> Any:
+def _register(
+    schema: str, real: Callable[..., Any], shapes: Callable[..., Any], nodes: Callable[..., Any]
+) -> Any:
     """Define ``lawcat::<schema>`` with its three sides, and return it."""
     name = schema.split("(")[0]
     _library.define(schema)
@@ -40,7 +42,7 @@ def translations() -> dict[Any, Callable[..., Any]]:
 def _node(
     op: str, inputs: Sequence[Any], outputs: int = 1, domain: str = MS, version: int = 1, **attributes: Any
 ) -> Any:
-    """Record one ONNX node; its output, or a tuple of them. Inputs may be None where an operator lets them."""
+    """Record one ONNX node; its output, or a tuple of them. Inputs may be None where an operator allows."""
     import onnxscript
     from onnx import defs
 
@@ -54,9 +56,7 @@ def _node(
         version,
         inputs=[parameter(f"i{n}", f"T{n}", param_option=optional) for n in range(len(inputs))],
         outputs=[parameter(f"o{n}", "R") for n in range(outputs)],
-        type_constraints=[
-            (name, _TYPES, "") for name in [*(f"T{n}" for n in range(len(inputs))), "R"]
-        ],
+        type_constraints=[(name, _TYPES, "") for name in [*(f"T{n}" for n in range(len(inputs))), "R"]],
         attributes=[
             defs.OpSchema.Attribute(name, getattr(defs.OpSchema.AttrType, kinds[type(value)]), required=False)
             for name, value in attributes.items()
@@ -69,7 +69,7 @@ def _node(
 _TYPES = ["tensor(float)", "tensor(int32)", "tensor(int64)"]
 
 
-# -- products, norms, activations --------------------------------------------------------------------------------
+# -- products, norms, activations ----------------------------------------------------------------------------
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, name: str) -> Tensor:
@@ -160,7 +160,7 @@ reshape = _register(
 )
 
 
-# -- rotary embedding --------------------------------------------------------------------------------------------
+# -- rotary embedding ----------------------------------------------------------------------------------------
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -187,7 +187,7 @@ rotary = _register(
 )
 
 
-# -- attention ---------------------------------------------------------------------------------------------------
+# -- attention -----------------------------------------------------------------------------------------------
 
 
 def _causal_conv(x: Tensor, taps: Tensor, past: Tensor) -> tuple[Tensor, Tensor]:
@@ -263,7 +263,9 @@ def _softmax_attention(
     return out.transpose(1, 2).flatten(2), key, value, weights.amax(-1, keepdim=True)
 
 
-def _shapes_of_attention(q: Tensor, k: Tensor | None, v: Any, past_key: Tensor, past_value: Tensor, *rest: Any) -> Any:
+def _shapes_of_attention(
+    q: Tensor, k: Tensor | None, v: Any, past_key: Tensor, past_value: Tensor, *rest: Any
+) -> Any:
     num_heads, d = rest[-2], past_key.shape[-1]
     out = q.new_empty(*q.shape[:2], num_heads * d)
     top = q.new_empty(q.shape[0], num_heads, q.shape[1], 1)
@@ -274,6 +276,7 @@ def _attention_nodes(outputs: int, *inputs: Any) -> Any:
     *tensors, num_heads, span = inputs
     q, k, v, key, value, seqlens_k, total, cos, sin, position_ids = tensors
     d = int(key.shape[3])
+    attributes: dict[str, Any] = {"qk_output": 2} if outputs == 4 else {}  # the weights
     return _node(
         "GroupQueryAttention",
         [q, k, v, key, value, seqlens_k, total, cos, sin, position_ids],
@@ -283,7 +286,7 @@ def _attention_nodes(outputs: int, *inputs: Any) -> Any:
         local_window_size=span,
         do_rotary=1,
         scale=d**-0.5,
-        **({"qk_output": 2} if outputs == 4 else {}),  # the weights
+        **attributes,
     )
 
 
@@ -299,8 +302,8 @@ _ARGUMENTS = (
     "Tensor q, Tensor? k, Tensor? v, Tensor past_key, Tensor past_value, Tensor seqlens_k, Tensor total, "
     "Tensor cos, Tensor sin, Tensor position_ids, int num_heads, int span"
 )
-# Causal softmax attention over the last ``span`` tokens, itself included. q [B,T,Hd], k and v [B,T,Gd], or all
-# in q and the others None; buffers [B,G,C,d] in which the rows of these T tokens go to the slots up to
+# Causal softmax attention over the last ``span`` tokens, itself included. q [B,T,Hd], k and v [B,T,Gd], or
+# all in q and the others None; buffers [B,G,C,d] in which the rows of these T tokens go to the slots up to
 # seqlens_k [B]; total is the largest of these and one. Tokens are rotated by rows position_ids [B,T] of the
 # tables cos and sin [R,d/2], R >= total. Returns [B,T,Hd] and the buffers.
 group_query_attention = _register(

@@ -99,8 +99,8 @@ class DecoderLayer(nn.Module):
     def forward(
         self, x: Tensor, h: Tensor, tensors: Tensors, state: Tensors, inputs: Tensors
     ) -> tuple[Tensor, ...]:
-        """tensors: see ``shapes``; state by the kinds of ``bundle.expected_state``; inputs: those of the graph
-        that all layers share, by name."""
+        """tensors: see ``shapes``. state: by the kinds of ``bundle.expected_state``. inputs: those of the
+        graph that all layers share, by name."""
         g = self.geometry
         y, *states = self.attention(h, tensors, state, inputs)
         eps = g.rms_norm_eps
@@ -122,7 +122,9 @@ class DecoderLayer(nn.Module):
         normed = ops.reshape(ops.rms_norm(heads, unit, g.rms_norm_eps) * gamma, [0, 0, -1])
         return list(torch.split(normed, [g.query_width, g.kv_width], 2))
 
-    def softmax_inputs(self, q: Tensor, k: Tensor | None, v: Tensor | None, name: str, state: Tensors, inputs: Tensors) -> tuple[Tensor | None, ...]:
+    def softmax_inputs(
+        self, q: Tensor, k: Tensor | None, v: Tensor | None, name: str, state: Tensors, inputs: Tensors
+    ) -> tuple[Tensor | None, ...]:
         rotary = (inputs[key] for key in ("cos_cache", "sin_cache", "position_ids"))
         lengths = inputs[f"{name}_seqlens_k"], inputs[f"{name}_total"]
         return (q, k, v, state["key"], state["value"], *lengths, *rotary)
@@ -175,14 +177,16 @@ class LinearAttentionLayer(DecoderLayer):
 
         # Convolution and feature map: [B, channels, T] -> phi [B,T,2,H,F]; heads that share k or v repeat it
         channels = torch.cat([q, *(k for k in ks for _ in range(n))], 2)
-        conv, conv_after = ops.causal_conv(channels.transpose(1, 2), tensors["conv_taps"], state["conv_state"])
+        conv, conv_after = ops.causal_conv(
+            channels.transpose(1, 2), tensors["conv_taps"], state["conv_state"]
+        )
         heads = ops.reshape(conv, [0, 2, H, 1, d, -1])
         phi = (tensors["feature"] @ heads).permute(0, 5, 1, 2, 3, 4).softmax(-1)
         phi_q, phi_k = torch.split(ops.reshape(phi, [0, 0, -1]), H * F, 2)
 
         decay = ops.softplus(latent @ tensors["gate_b"]) * (-1.0 / c.gate_divisor)
-        values = joined([part for parts in values for _ in range(n) for part in parts])
-        out, after = ops.linear_attention(phi_q, phi_k, values, state["recurrent_state"], decay)
+        v1 = joined([part for parts in values for _ in range(n) for part in parts])
+        out, after = ops.linear_attention(phi_q, phi_k, v1, state["recurrent_state"], decay)
         out = ops.reshape(out, [0, 0, H, d + 1])
         if not c.window:
             num, den = torch.split(out, [d, 1], 3)
@@ -203,8 +207,11 @@ class LinearAttentionLayer(DecoderLayer):
 
     def projections(
         self, h: Tensor, tensors: Tensors
-    ) -> tuple[Tensor, list[Tensor], list[tuple[Tensor, ...]], Tensor, tuple[Tensor, Tensor | None, Tensor | None]]:
-        """q; k by head where heads share it; by head what makes [v, 1]; the gate's latent; the window's q, k, v."""
+    ) -> tuple[
+        Tensor, list[Tensor], list[tuple[Tensor, ...]], Tensor, tuple[Tensor, Tensor | None, Tensor | None]
+    ]:
+        """q; k by head where heads share it; what makes [v, 1], by head; the gate's latent; the window's
+        q, k and v."""
         g, w = self.geometry, Widths.of(self.geometry, self.config)
         G, d = g.num_kv_heads, g.head_dim
         heads = [d] * G if g.groups > 1 else [w.k]

@@ -25,8 +25,11 @@ HIDDEN = ("x", "h")
 
 @dataclass(frozen=True)
 class Template:
-    """A traced layer. inputs: for each input of the graph where it comes from and under which name: "hidden"
-    (see ``HIDDEN``), "tensors" (the layer's own), "state" (the layer's own) or "inputs" (all layers share)."""
+    """A traced layer.
+
+    inputs: for each input of the graph where it comes from and under which name: "hidden" (see ``HIDDEN``),
+    "tensors" and "state" (the layer's own) or "inputs" (which all layers share).
+    """
 
     graph: ir.Graph
     inputs: tuple[tuple[str, str], ...]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lawcat_edge.runtime.context import Context, Generation, Result
+from lawcat_edge.runtime.context import Generation, Result
 from lawcat_edge.runtime.state import State
 from lawcat_edge.runtime.stats import peak_memory
 

@@ -336,7 +336,9 @@ def state_bytes(state: Iterable[StateTensor], spans: dict[str, int], tokens: int
 def state_sizes(state: Iterable[StateTensor], spans: dict[str, int]) -> dict[str, int]:
     """Bytes of the state of one text before its first token, after 8,192 tokens, and at most."""
     tensors = list(state)
-    return {name: state_bytes(tensors, spans, n) for name, n in (("empty", 0), ("8192", 8192), ("most", None))}
+    return {
+        name: state_bytes(tensors, spans, n) for name, n in (("empty", 0), ("8192", 8192), ("most", None))
+    }
 
 
 def describe_state(sizes: dict[str, int]) -> str:

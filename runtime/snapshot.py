@@ -1,8 +1,9 @@
 """A snapshot: the state after some text, in a file. Its size is that of the state, plus four bytes a token.
 
 Layout: ``LAWCATS1`` | u32 length of the header | header, JSON | tokens, u32 | tensors, float32 in the
-manifest's order, of keys and values the rows that later tokens see | sha256 of all before. Little-endian throughout. The header names the bundle by its hash: a
-state means nothing to other weights, so a snapshot of another bundle is refused.
+manifest's order, of keys and values the rows that later tokens see | sha256 of all before. Little-endian
+throughout. The header names the bundle by its hash: a state means nothing to other weights, so a snapshot of
+another bundle is refused.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
-HYBRID = {"layer_types": ("full_attention", "linear_attention"), "attention_span": 33}
+HYBRID: dict[str, Any] = {"layer_types": ("full_attention", "linear_attention"), "attention_span": 33}
 CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("llama", {}, {}),
     ("llama", {"window": 8}, {"attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3}),
@@ -50,8 +50,7 @@ def test_fp32_bundle_equals_torch(
     teacher, model, adapter = make_student(tmp_path / "t", family, config, lora=2, **changes)
     report = make_bundle(teacher, model, adapter, tmp_path / "b", verify=False)
     engine = Engine(Bundle.open(tmp_path / "b"))
-    # a text of more than three windows, in the course of which buffers are cleared twice, cut in the middle of
-    # everything
+    # a text of more than three windows, cut in the middle of everything; buffers are cleared twice
     tokens = np.random.default_rng(0).integers(0, 257, 220)
     reference = logits_of(model, tokens)
     for pieces in ([220], [1] * 220, [3, 1, 40, 2, 1, 64, 9, 1, 1, 98]):

@@ -35,7 +35,7 @@ while not generator.is_done():
 text = [int(token) for token in tokenizer.encode("ships and boats")]
 print(json.dumps({"tokens": tokens, "text": text, "version": og.__version__}))
 """
-HYBRID = {"layer_types": ("linear_attention", "full_attention"), "attention_span": 30}
+HYBRID: dict[str, Any] = {"layer_types": ("linear_attention", "full_attention"), "attention_span": 30}
 CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("int8", "ort", {}),
     ("int8", "ort", {"window": 5, "rope": True}),

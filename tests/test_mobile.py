@@ -19,12 +19,12 @@ from lawcat_edge.config import LawcatConfig
 from lawcat_edge.export import mobile
 from lawcat_edge.export.exporter import MIN_ONNXRUNTIME
 from lawcat_edge.runtime import Bundle, Engine, LawcatError, Model, rotary
-from lawcat_edge.runtime.state import State
 from lawcat_edge.runtime.bundle import describe_files
+from lawcat_edge.runtime.state import State
 from lawcat_edge.runtime.verify import verify
 
 PROMPT = list(range(40, 60))
-HYBRID = {"layer_types": ("full_attention", "linear_attention"), "attention_span": 25}
+HYBRID: dict[str, Any] = {"layer_types": ("full_attention", "linear_attention"), "attention_span": 25}
 
 
 def make(folder: Path, scheme: str, ops: tuple[str, ...], **settings: Any) -> Path:

@@ -12,7 +12,7 @@ import onnx
 import pytest
 from tiny_bundle import build_tiny_bundle, rewrite_manifest
 
-from lawcat_edge.runtime.bundle import expected_state, state_sizes, Bundle, describe_files
+from lawcat_edge.runtime.bundle import Bundle, describe_files, expected_state, state_sizes
 from lawcat_edge.runtime.engine import Engine
 from lawcat_edge.runtime.errors import CheckFailed, LawcatError
 from lawcat_edge.runtime.onnx_check import check_model
@@ -154,7 +154,7 @@ def test_a_span_that_would_take_too_much_is_refused(tmp_path: Path) -> None:
 
 def test_a_bundle_of_an_older_format_says_to_export_again(bundle: Path) -> None:
     rewrite_manifest(bundle, _set("format", value=2))
-    with pytest.raises(LawcatError, match="format '2' and this runner reads 3.*export the bundle again"):
+    with pytest.raises(LawcatError, match=r"format '2' and this runner reads 3.*export the bundle again"):
         Bundle.open(bundle)
 
 

@@ -22,7 +22,7 @@ from lawcat_edge.model import LawcatModel
 from lawcat_edge.teacher import Teacher
 from lawcat_edge.weights import MergedWeights
 
-HYBRID = {"layer_types": ("linear_attention", "full_attention"), "attention_span": 11}
+HYBRID: dict[str, Any] = {"layer_types": ("linear_attention", "full_attention"), "attention_span": 11}
 CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("llama", {}, {}),
     ("llama", {"window": 5, "rope": True, **HYBRID}, {"attention_bias": True, "mlp_bias": True}),
@@ -49,13 +49,18 @@ class Stepped:
             like = example_inputs(module, batch=1, slots=slots)["state"]
             # what was never written must not matter, so it is not zero in a buffer
             self.states.append(
-                {k: torch.full(v.shape, 9.0) if k in ("key", "value") else torch.zeros(v.shape) for k, v in like.items()}
+                {
+                    k: torch.full(v.shape, 9.0) if k in ("key", "value") else torch.zeros(v.shape)
+                    for k, v in like.items()
+                }
             )
 
     def __call__(self, tokens: np.ndarray) -> Tensor:
         g, T = self.geometry, len(tokens)
         x = self.model.embed_tokens(torch.from_numpy(tokens)[None])
-        h = ops.rms_norm(x, torch.from_numpy(self.layout._gain("model.layers.0.input_layernorm.weight")), g.rms_norm_eps)
+        h = ops.rms_norm(
+            x, torch.from_numpy(self.layout._gain("model.layers.0.input_layernorm.weight")), g.rms_norm_eps
+        )
         angle = torch.arange(self.position, self.position + T)[:, None] * torch.from_numpy(g.inv_freq())
         last = torch.tensor([self.position + T - 1], dtype=torch.int32)
         inputs = {
@@ -101,7 +106,18 @@ def test_operators_know_their_shapes() -> None:
     lengths = torch.tensor([4, 7], dtype=torch.int32)
     tables = [torch.randn(C, d // 2) for _ in range(2)]
     qkv, buffers = torch.randn(2, T, (H + 2 * G) * d), [torch.randn(2, G, C, d) for _ in range(2)]
-    given = (qkv, None, None, *buffers, lengths, torch.tensor(8), *tables, torch.zeros(2, T, dtype=torch.long), H, 5)
+    given = (
+        qkv,
+        None,
+        None,
+        *buffers,
+        lengths,
+        torch.tensor(8),
+        *tables,
+        torch.zeros(2, T, dtype=torch.long),
+        H,
+        5,
+    )
     x, x3 = torch.randn(2, T, 8), torch.randn(2, 8, T)
     calls = [
         (torch.ops.lawcat.group_query_attention, given),

@@ -37,7 +37,12 @@ TEXTS = [
     "def f(x):\n    return x**2  # it's 'ok'",
     "x" * 300,
 ]
-PLACES: dict[str, Any] = {"plain": {}, "window": {"window": 2}, "rope": {"rope": True}, "hybrid": {"window": 3, "span": 30}}
+PLACES: dict[str, Any] = {
+    "plain": {},
+    "window": {"window": 2},
+    "rope": {"rope": True},
+    "hybrid": {"window": 3, "span": 30},
+}
 LOAD = "await lawcat.load({{url: location.href + '{}/'}});"
 TO_BASE64 = (
     "const bytes = await lawcat.ask('snapshot'); let text = '';"
