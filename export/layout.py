@@ -251,17 +251,15 @@ class Layout:
         return small
 
     def _linear_attention(self, i: int) -> dict[str, np.ndarray]:
-        g, c = self.geometry, self.config
         W = self._new(i, "feature")  # [H,d,f], the same for q and k
         # the last row meets the latent that is always one
         gate = -np.concatenate([self._new(i, "gate_b"), self._new(i, "gate_bias")[None]])
-        gate = gate.reshape(len(gate), g.num_kv_heads, c.key_dim).repeat(g.groups, 1)
         tensors = {
             "conv_taps": np.concatenate([self._new(i, name) for name in ("conv_q", "conv_k")])[:, None],
             "feature": np.stack([W, -W], 1).swapaxes(2, 3),
-            "gate_b": gate.reshape(len(gate), -1),
+            "gate_b": gate,
         }
-        if c.window:
+        if self.config.window:
             omega = self._new(i, "omega").astype(np.float64)
             tensors["window_scale"] = (1 + np.exp(np.minimum(-omega, 60)))[:, None]
         return tensors

@@ -13,7 +13,7 @@ Letters as in ``lawcat_edge.attention``. To keep the graph lean:
   output is N_w / Z_w and, since the largest weight is 1 / Z_w, that gives the normaliser as well.
 - q and k run as one tensor of 2H heads, channels first, through one convolution; the feature map is one
   batched product with [W, -W], and one softmax.
-- The gate's sign is folded into B: g = -softplus(-u) / divisor; B is stored for all H heads.
+- The gate's sign is folded into B: g = -softplus(-u) / divisor.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ class LinearAttentionLayer(DecoderLayer):
             "qkv.bias": (total,),
             "conv_taps": (2 * H * d, 1, c.conv_kernel),
             "feature": (H, 2, c.feature_dim, d),
-            "gate_b": (c.gate_rank + 1, H * c.key_dim),
+            "gate_b": (c.gate_rank + 1, g.num_kv_heads * c.key_dim),
         }
         return shapes | ({"window_scale": (H, 1)} if c.window else {})
 
@@ -173,7 +173,7 @@ class LinearAttentionLayer(DecoderLayer):
             tables = [inputs[key] for key in ("position_ids", "cos_cache", "sin_cache")]
             q = ops.rotary(q, *tables, H)
             k = ops.rotary(joined(ks), *tables, G)
-            ks = list(torch.split(k, d, 2)) if n > 1 else [k]
+            ks = by_head(k, d) if n > 1 else [k]
 
         # Convolution and feature map: [B, channels, T] -> phi [B,T,2,H,F]; heads that share k or v repeat it
         channels = torch.cat([q, *(k for k in ks for _ in range(n))], 2)
@@ -185,6 +185,8 @@ class LinearAttentionLayer(DecoderLayer):
         phi_q, phi_k = torch.split(ops.reshape(phi, [0, 0, -1]), H * F, 2)
 
         decay = ops.softplus(latent @ tensors["gate_b"]) * (-1.0 / c.gate_divisor)
+        if n > 1:
+            decay = torch.cat([part for part in by_head(decay, F) for _ in range(n)], 2)
         v1 = joined([part for parts in values for _ in range(n) for part in parts])
         out, after = ops.linear_attention(phi_q, phi_k, v1, state["recurrent_state"], decay)
         out = ops.reshape(out, [0, 0, H, d + 1])
@@ -224,7 +226,7 @@ class LinearAttentionLayer(DecoderLayer):
             qk, vs = qk[: len(parts)], qk[len(parts) :]
             if g.qk_norm:
                 q, k = self.qk_normed(qk[0], tensors["qk_gamma"])
-                qk = [q, *(torch.split(k, d, 2) if g.groups > 1 else [k])]
+                qk = [q, *(by_head(k, d) if g.groups > 1 else [k])]
             return qk[0], qk[1:], [(v,) for v in vs], latent, (whole, None, None)
         packed, one, latent = torch.split(whole, [w.q + w.k + w.v, w.one, w.latent], 2)
         near: tuple[Tensor, Tensor | None, Tensor | None] = (packed, None, None)
@@ -232,12 +234,16 @@ class LinearAttentionLayer(DecoderLayer):
             normed, v = torch.split(packed, [w.q + w.k, w.v], 2)
             q, k = self.qk_normed(normed, tensors["qk_gamma"])
             near = (q, k, v)
-            ks = list(torch.split(k, d, 2)) if g.groups > 1 else [k]
-            vs = list(torch.split(v, d, 2)) if G > 1 else [v]
+            ks = by_head(k, d) if g.groups > 1 else [k]
+            vs = by_head(v, d)
         else:
             q, *rest = torch.split(packed, [w.q, *heads, *[d] * G], 2)
             ks, vs = rest[: len(heads)], rest[len(heads) :]
         return q, ks, [(v, one) for v in vs], latent, near
+
+
+def by_head(x: Tensor, width: int) -> list[Tensor]:
+    return list(torch.split(x, width, 2)) if x.shape[2] > width else [x]
 
 
 def joined(parts: list[Tensor]) -> Tensor:

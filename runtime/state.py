@@ -162,7 +162,9 @@ class State:
         tables have the rows of the tokens at hand and then as many more as onnxruntime asks for.
         """
         shape = (self.batch, tokens)
-        inputs = {f"{name}_seqlens_k": np.zeros(self.batch, np.int32) for name in self.buffers}
+        inputs: dict[str, np.ndarray] = {
+            f"{name}_seqlens_k": np.zeros(self.batch, np.int32) for name in self.buffers
+        }
         if frequencies is not None:
             slots = [buffer.slots for buffer in self.buffers.values()]
             rows = max(self.batch * tokens, self._cos.shape[0], *slots)
