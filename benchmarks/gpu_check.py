@@ -29,6 +29,8 @@ from lawcat_edge.ops.gla import triton as gla
 from lawcat_edge.ops.gla import triton_kernels
 from lawcat_edge.ops.gla.naive import gla_naive
 from lawcat_edge.ops.gla.step import gla_step
+from lawcat_edge.ops.window.naive import window_naive
+from lawcat_edge.ops.window.triton import window_triton
 
 BOUND = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 3e-2}
 INS = ("q", "k", "v", "g", "S0", "z0")
@@ -109,6 +111,19 @@ def check_conv(shape, dtype, device):
     return errors | {f"d{name}": error(r.grad, a.grad) for name, r, a in zip(names, exact, mine, strict=True)}
 
 
+def check_window(shape, window, dtype, device):
+    B, T, H, G, _, d = shape
+    args = [torch.randn(B, T, heads, d).to(dtype).to(device) for heads in (H, G, G)]
+    exact = [a.double().requires_grad_() for a in args]
+    mine = [a.clone().requires_grad_() for a in args]
+    ref, got = window_naive(*exact, window), window_triton(*mine, window)
+    weights = [torch.randn_like(o) for o in ref]
+    sum((o * w).sum() for o, w in zip(ref, weights, strict=True)).backward()
+    sum((o.double() * w).sum() for o, w in zip(got, weights, strict=True)).backward()
+    errors = {name: error(r, o) for name, r, o in zip(("N", "Z"), ref, got, strict=True)}
+    return errors | {f"d{name}": error(r.grad, a.grad) for name, r, a in zip("qkv", exact, mine, strict=True)}
+
+
 def check_fla(device):
     """The numerator against fla-core's chunk_gla on the same inputs, or why not."""
     try:
@@ -150,6 +165,12 @@ def cases(quick: bool):
                     f"gla normalised, 2 segments, {gates} {label}",
                     wide,
                     lambda dev, s=shape, g=gates, t=dtype: check_gla(s, g, t, 1e-6, 2, dev),
+                )
+            for window in (16, 128):
+                yield (
+                    f"window {window} {label}",
+                    bound,
+                    lambda dev, s=shape, w=window, t=dtype: check_window(s, w, t, dev),
                 )
             yield f"step {label}", bound, lambda dev, s=shape, t=dtype: check_step(s, t, dev)
             yield f"conv {label}", bound, lambda dev, s=shape, t=dtype: check_conv(s, t, dev)

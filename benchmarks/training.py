@@ -35,6 +35,7 @@ SMOLLM2 = LlamaConfig(
 def measure(module: torch.nn.Module, ids: torch.Tensor, parameters: list, repeats: int) -> dict:
     device = ids.device
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=device.type == "cuda")
+    losses: list[torch.Tensor] = []
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
@@ -42,6 +43,7 @@ def measure(module: torch.nn.Module, ids: torch.Tensor, parameters: list, repeat
             loss, _ = module(ids)
         loss.backward()
         optimizer.step()
+        losses.append(loss.detach())
 
     def wait() -> None:
         if device.type == "cuda":
@@ -64,6 +66,7 @@ def measure(module: torch.nn.Module, ids: torch.Tensor, parameters: list, repeat
         "step_s": round(seconds, 4),
         "tokens_s": round(ids.numel() / seconds),
         "gib": round(memory, 1),
+        "first_losses": [float(f"{loss:.6g}") for loss in losses[:2]],
     }
 
 

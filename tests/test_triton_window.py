@@ -13,6 +13,7 @@ import torch
 pytest.importorskip("triton")
 from triton.runtime.interpreter import InterpretedFunction
 
+from lawcat_edge.ops.window.naive import window_naive
 from lawcat_edge.ops.window.triton import forward_kernel, window_triton
 
 INTERPRETED = isinstance(forward_kernel, InterpretedFunction)
@@ -46,23 +47,15 @@ def assert_close(name, ref, got, ratio):
     assert error < ratio, f"{name}: {error:.2e} is not below {ratio:.0e}"
 
 
-def naive(q, k, v, window):
-    """Every score formed; the largest of a row has its gradient, as ``amax`` gives it where it is unique."""
-    _, T, H, d = q.shape
-    k, v = (x.repeat_interleave(H // x.shape[2], 2) for x in (k, v))
-    scores = torch.einsum("bihd,bjhd->bhij", q, k) / d**0.5
-    age = torch.arange(T)[:, None] - torch.arange(T)
-    scores = scores.masked_fill((age < 0) | (age >= window), -torch.inf)
-    weights = (scores - scores.amax(-1, keepdim=True)).exp()
-    return torch.einsum("bhij,bjhd->bihd", weights, v), weights.sum(-1).transpose(1, 2)
-
-
 def compare(T, window, H=2, G=1, d=16, B=1, dtype=torch.float32, sharp=1.0, ratio=None):
     torch.manual_seed(T)
     args = [(torch.randn(B, T, heads, d) * sharp).to(dtype) for heads in (H, G, G)]
     exact = [a.double().requires_grad_() for a in args]
     mine = [a.clone().requires_grad_() for a in args]
-    ref, got = naive(*exact, window), window_triton(*mine, window)
+    ref, got = (
+        window_naive(exact[0], exact[1], exact[2], window),
+        window_triton(mine[0], mine[1], mine[2], window),
+    )
     weights = [torch.randn_like(o) for o in ref]
     torch.stack([(o * w).sum() for o, w in zip(ref, weights, strict=True)]).sum().backward()
     torch.stack([(o.double() * w).sum() for o, w in zip(got, weights, strict=True)]).sum().backward()
