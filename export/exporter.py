@@ -86,6 +86,11 @@ def export_bundle(
             raise LawcatError(f"Unknown operators {op!r}; choose from {', '.join(FLAVOURS)}.")
     if ort_format:
         mobile.ort_flavour(ops)  # before the slow steps
+    if "ort" in ops and geometry.head_dim % 16 and expected_spans(geometry.to_dict(), config.to_dict()):
+        raise LawcatError(
+            f"onnxruntime's attention takes heads whose width is a multiple of 16, not {geometry.head_dim}; "
+            "export with --ops portable."
+        )
     check_shapes(weights, geometry)
     tensors = untrained_tensors(geometry, config) if adapter is None else adapter.tensors
     check_adapter(tensors, geometry, config)

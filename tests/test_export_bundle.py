@@ -167,6 +167,15 @@ def test_nodes_of_a_layer_that_run(
     assert len(nodes) <= sum(counts) + 10  # embedding, head, and what layers share
 
 
+def test_heads_of_an_odd_width_need_the_portable_operators(tmp_path: Path) -> None:
+    config = LawcatConfig(feature_dim=8, window=4)
+    teacher, model, adapter = make_student(tmp_path / "t", config=config, head_dim=12)
+    with pytest.raises(LawcatError, match="multiple of 16, not 12; export with --ops portable"):
+        make_bundle(teacher, model, adapter, tmp_path / "b")
+    report = make_bundle(teacher, model, adapter, tmp_path / "b", ops=("portable",))
+    assert report["parity"]["portable"]["rel_err"] < 3e-5
+
+
 def test_rotation_changes_nothing_in_float32(tmp_path: Path) -> None:
     for tied, family in ((True, "llama"), (False, "llama"), (False, "qwen3")):
         teacher, model, adapter = make_student(
