@@ -26,7 +26,8 @@ RECORDER = r"""
 #include <stdio.h>
 #include <stdlib.h>
 typedef int (*resolver)(const char *, const char *, const struct addrinfo *, struct addrinfo **);
-int getaddrinfo(const char *name, const char *service, const struct addrinfo *hints, struct addrinfo **found) {
+int getaddrinfo(const char *name, const char *service, const struct addrinfo *hints,
+                struct addrinfo **found) {
     FILE *file = fopen(getenv("LOOKUPS"), "a");
     if (file) { fprintf(file, "%s\n", name ? name : ""); fclose(file); }
     return ((resolver) dlsym(RTLD_NEXT, "getaddrinfo"))(name, service, hints, found);
