@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
-import json
 import os
 import shutil
 import tempfile
@@ -44,10 +43,7 @@ class Teacher:
     def chat_template(self) -> tuple[str, str] | None:
         """The source of the teacher's chat template and its end token; None where it has no template."""
         path = self.folder / "tokenizer_config.json"
-        try:  # not read_json: transformers writes lengths of 31 digits here, which that refuses
-            settings = json.loads(read_bytes(path, 32 << 20)) if path.is_file() else {}
-        except (ValueError, RecursionError) as error:
-            raise LawcatError(f"{path} is no readable JSON ({error}); get the model anew.") from None
+        settings = read_json(path) if path.is_file() else {}
         settings = settings if isinstance(settings, dict) else {}
         source = settings.get("chat_template")
         if isinstance(source, list):  # several, by name

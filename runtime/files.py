@@ -28,6 +28,7 @@ from lawcat_edge.runtime.errors import LawcatError
 
 MAX_JSON_BYTES = 32 << 20
 MAX_JSON_DEPTH = 64
+MAX_DIGITS = 38
 MAX_JSON_VALUES = 2_000_000  # an empty list takes two bytes of a file and sixty of memory
 _WINDOWS_DEVICES = {
     *("con", "prn", "aux", "nul", "conin$", "conout$", "clock$"),
@@ -168,8 +169,10 @@ def _no_constant(name: str) -> Any:
 
 
 def _short_int(text: str) -> int:
-    if len(text) > 20:
-        raise ValueError("a whole number has more than 20 digits")
+    # transformers writes 1000000000000000019884624838656 for "no limit" into ordinary tokenizer_config.json;
+    # whatever has 38 digits still fits a float32.
+    if len(text) > MAX_DIGITS:
+        raise ValueError(f"a whole number has more than {MAX_DIGITS} digits")
     return int(text)
 
 
