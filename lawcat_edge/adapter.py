@@ -19,6 +19,7 @@ import numpy as np
 
 from lawcat_edge.config import LawcatConfig
 from lawcat_edge.families import Geometry
+from lawcat_edge.parameters import parameter_shapes
 from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.runtime.files import (
     atomic_folder,
@@ -74,28 +75,20 @@ class Adapter:
 
     def expected_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor this adapter must hold, with its shape."""
-        g, c = self.geometry, self.config
-        H, G, d, D = g.num_heads, g.num_kv_heads, g.head_dim, g.hidden_size
-        new: dict[str, tuple[int, ...]] = {
-            "conv_q": (H * d, c.conv_kernel),
-            "conv_k": (H * d, c.conv_kernel),
-            "feature": (H, d, c.feature_dim),
-            "gate_a": (D, c.gate_rank),
-            "gate_b": (c.gate_rank, G * c.key_dim),
-            "gate_bias": (G * c.key_dim,),
-        }
-        if c.window:
-            new["omega"] = (H,)
+        shapes = parameter_shapes(self.geometry, self.config)
         if self.lora is not None:
-            r = int(self.lora["rank"])
-            for name, (n_in, n_out) in {
-                "q_proj": (D, H * d),
-                "k_proj": (D, G * d),
-                "v_proj": (D, G * d),
-                "o_proj": (H * d, D),
-            }.items():
-                new[f"{name}.lora_A"], new[f"{name}.lora_B"] = (r, n_in), (n_out, r)
-        return {f"layers.{i}.{name}": shape for i in range(g.num_layers) for name, shape in new.items()}
+            g, r = self.geometry, int(self.lora["rank"])
+            widths = {
+                "q_proj": (g.hidden_size, g.query_width),
+                "k_proj": (g.hidden_size, g.kv_width),
+                "v_proj": (g.hidden_size, g.kv_width),
+                "o_proj": (g.query_width, g.hidden_size),
+            }
+            for i in range(g.num_layers):
+                for name, (n_in, n_out) in widths.items():
+                    shapes[f"layers.{i}.{name}.lora_A"] = (r, n_in)
+                    shapes[f"layers.{i}.{name}.lora_B"] = (n_out, r)
+        return shapes
 
     def save(self, folder: Path, half: bool = False, extra: dict[str, bytes] | None = None) -> None:
         """Write the whole folder at once (a kill leaves the old one); ``half``: float16, for publishing.

@@ -19,10 +19,12 @@ from lawcat_edge.teacher import Teacher
 class LawcatLayer(nn.Module):
     """One decoder layer: x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, teacher: Any, geometry: Geometry, config: LawcatConfig, backend: str) -> None:
+    def __init__(
+        self, teacher: Any, geometry: Geometry, config: LawcatConfig, backend: str, layer: int, seed: int
+    ) -> None:
         super().__init__()
         self.input_layernorm = teacher.input_layernorm
-        self.self_attn = LawcatAttention(teacher.self_attn, geometry, config, backend)
+        self.self_attn = LawcatAttention(teacher.self_attn, geometry, config, backend, layer, seed)
         self.post_attention_layernorm = teacher.post_attention_layernorm
         self.mlp = teacher.mlp
 
@@ -70,13 +72,14 @@ class LawcatModel(nn.Module):
     """
 
     def __init__(
-        self, hf_model: Any, geometry: Geometry, config: LawcatConfig, backend: str = "auto"
+        self, hf_model: Any, geometry: Geometry, config: LawcatConfig, backend: str = "auto", seed: int = 0
     ) -> None:
         super().__init__()
         self.geometry, self.config, self.backend = geometry, config, backend
         self.embed_tokens = hf_model.model.embed_tokens
         self.layers: Any = nn.ModuleList(
-            LawcatLayer(layer, geometry, config, backend) for layer in hf_model.model.layers
+            LawcatLayer(layer, geometry, config, backend, i, seed)
+            for i, layer in enumerate(hf_model.model.layers)
         )
         self.norm = hf_model.model.norm
         self.lm_head = hf_model.lm_head
@@ -220,9 +223,7 @@ def load_student(
         config = adapter.config
     config = config or LawcatConfig(feature_dim=teacher.geometry.head_dim // 2)
     hf_model = teacher.load_model()
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = LawcatModel(hf_model, teacher.geometry, config, backend)
+    model = LawcatModel(hf_model, teacher.geometry, config, backend, seed)
     if adapter is not None:
         model.load_adapter(adapter)
     return model.eval()
