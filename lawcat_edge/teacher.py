@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lawcat_edge.families import FAMILIES, Geometry
+from lawcat_edge.families import Geometry
 from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.runtime.files import read_bytes, read_json, sha256_file
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lawcat_edge.weights import WeightSource
 
 MARK = "lawcat_teacher.json"  # in a converted folder: where it came from
+FORMAT = 2  # of a conversion: 1 dropped scaled rotary frequencies and windows
 
 
 @dataclass(frozen=True)
@@ -163,17 +164,29 @@ def cache_folder() -> Path:
 def _from_gguf(file: Path, name: str) -> Teacher:
     digest = sha256_file(file)
     target = cache_folder() / digest
-    if not (target / MARK).is_file():
+    if not _converted(target):
         _convert_gguf(file, digest, target)
     return _from_folder(target, name)
 
 
+def _converted(folder: Path) -> bool:
+    """Whether this version's conversion is there; earlier ones dropped metadata and are made anew."""
+    if not (folder / MARK).is_file():
+        return False
+    note = read_json(folder / MARK)
+    # A damaged mark is not made anew in silence: what reads it says what to do.
+    damaged = not isinstance(note, dict) or not isinstance(note.get("sha256"), str)
+    return damaged or note.get("format") == FORMAT
+
+
 def _convert_gguf(file: Path, digest: str, target: Path) -> None:
     """Write the safetensors folder to a temporary name and rename it, so a kill leaves nothing half done."""
-    _check_gguf(file)  # before the slow imports
+    from lawcat_edge.gguf_file import read_gguf
+
+    header = read_gguf(file)  # before the slow imports
 
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     from lawcat_edge.runtime.files import write_json
@@ -186,21 +199,25 @@ def _convert_gguf(file: Path, digest: str, target: Path) -> None:
         # In a folder of its own: transformers reads more of a folder than the file it is told to.
         (alone / "model.gguf").symlink_to(file.resolve())
         where = {"pretrained_model_name_or_path": str(alone), "gguf_file": "model.gguf"}
+        config = AutoConfig.from_pretrained(**where, trust_remote_code=False)
+        config.head_dim = header.head_dim
         model: Any = AutoModelForCausalLM.from_pretrained(
-            **where, dtype=torch.float32, trust_remote_code=False
+            **where, config=config, dtype=torch.float32, trust_remote_code=False
         )
         tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
         # transformers keeps a quantizer that would refuse to save the dequantised weights
         model.hf_quantizer = None
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
-        Geometry.from_hf(model.config)
         for name, parameter in model.named_parameters():
             if not bool(torch.isfinite(parameter).all()):
                 raise LawcatError(f"{file}: {name} holds NaN or infinity; download it again.")
         model.save_pretrained(building)
         tokenizer.save_pretrained(building)
-        write_json(building / MARK, {"source": file.name, "sha256": digest})
+        settings = {**read_json(building / "config.json"), **header.config}
+        Geometry.from_hf(settings)
+        write_json(building / "config.json", settings)
+        write_json(building / MARK, {"format": FORMAT, "source": file.name, "sha256": digest})
         _put(building, target)
     except Exception as error:  # transformers raises whatever it stumbles over in a bad file
         if isinstance(error, (LawcatError, MemoryError)):
@@ -215,76 +232,14 @@ def _convert_gguf(file: Path, digest: str, target: Path) -> None:
 
 def _put(building: Path, target: Path) -> None:
     """Give a finished conversion its name; what another process finished meanwhile stays, for its readers."""
-    if (target / MARK).is_file():
+    if _converted(target):
         return
-    shutil.rmtree(target, ignore_errors=True)  # a leftover without its mark
+    shutil.rmtree(target, ignore_errors=True)  # a leftover without its mark, or of an earlier version
     try:
         building.rename(target)
     except OSError:
-        if not (target / MARK).is_file():
+        if not _converted(target):
             raise
-
-
-def _check_gguf(file: Path) -> None:
-    """Refuse a truncated, foreign or incomplete GGUF and an unsupported family, before the conversion.
-
-    transformers makes up what a GGUF lacks: random weights for a missing tensor, and for a missing size that
-    of a 7B model, which would take all memory.
-    """
-    import gguf
-
-    try:
-        reader = gguf.GGUFReader(file)
-        field = reader.get_field("general.architecture")
-        family = str(field.contents()) if field else "?"
-        tensors = {t.name: tuple(int(n) for n in t.shape) for t in reader.tensors}
-        size = file.stat().st_size
-        short = any(int(t.data_offset) + int(t.n_bytes) > size for t in reader.tensors)
-        facts: dict[str, Any] = {}
-        for name in _GGUF_SIZES:
-            field = reader.get_field(f"{family}.{name}")
-            facts[name] = field.contents() if field else None
-    except Exception as error:  # the reader raises whatever numpy raises on bad bytes
-        raise LawcatError(
-            f"{file} is no whole GGUF file ({_first_line(error)}); download it again."
-        ) from error
-    if short or not tensors:
-        raise LawcatError(f"{file} is cut short: a tensor lies past its end; download it again.")
-    if family not in FAMILIES:
-        raise LawcatError(f"{file} is of the family {family!r}; supported are {', '.join(FAMILIES)}.")
-    D, layers, width, H = (facts[name] for name in _GGUF_SIZES[:4])
-    sized = all(type(n) is int and n > 0 for n in (D, layers, width, H)) and layers <= len(tensors)
-    G, d = facts["attention.head_count_kv"] or H, facts["attention.key_length"] or (D // H if sized else 0)
-    if not sized or type(G) is not int or type(d) is not int:
-        raise LawcatError(f"{file} does not state the model's sizes as a GGUF should; get another one.")
-    vocabulary = tensors.get("token_embd.weight", (0, 0))[-1]
-    wanted: dict[str, tuple[int, ...]] = {
-        "token_embd.weight": (D, facts["vocab_size"] or vocabulary),
-        "output_norm.weight": (D,),
-    }
-    block = {
-        "attn_norm": (D,), "attn_q": (D, H * d), "attn_k": (D, G * d), "attn_v": (D, G * d),
-        "attn_output": (H * d, D), "ffn_norm": (D,), "ffn_gate": (D, width), "ffn_up": (D, width),
-        "ffn_down": (width, D),
-    }  # fmt: skip
-    for i in range(layers):
-        wanted |= {f"blk.{i}.{name}.weight": shape for name, shape in block.items()}
-    for name, shape in wanted.items():
-        if tensors.get(name) != shape:
-            raise LawcatError(
-                f"{file}: tensor {name!r} is {tensors.get(name)}, its sizes ask for {shape}; get it again."
-            )
-
-
-_GGUF_SIZES = (
-    "embedding_length",
-    "block_count",
-    "feed_forward_length",
-    "attention.head_count",
-    "attention.head_count_kv",
-    "attention.key_length",
-    "vocab_size",
-)
 
 
 def _from_hub(name: str) -> Teacher:

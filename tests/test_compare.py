@@ -296,7 +296,7 @@ def row(name: str, size: int, kl: float | None, ppl: float = 2.0, kind: str = "s
     ],
 )
 def test_without_an_adapter_the_bundle_is_torchs_own_conversion(
-    tmp_path: Path, made: SimpleNamespace, name: str, changes: dict[str, int]
+    tmp_path: Path, made: SimpleNamespace, name: str, changes: dict[str, Any]
 ) -> None:
     """The fp32 row is verified against the torch student, which must start from the exporter's numbers."""
     folder, out = make_teacher(tmp_path / name, **changes), tmp_path / "out"

@@ -197,6 +197,7 @@ def write_gguf(path: Path, sizes: dict[str, int], family: str = "llama", **tenso
     import numpy as np
 
     writer = gguf.GGUFWriter(path, family)
+    writer.add_float32(f"{family}.attention.layer_norm_rms_epsilon", 1e-5)
     for name, value in sizes.items():
         writer.add_uint32(f"{family}.{name}", value)
     shapes = {"token_embd": (6, 8), "output_norm": (8,), **{f"blk.0.{n}": s for n, s in BLOCK.items()}}
@@ -246,6 +247,8 @@ def test_a_converted_gguf_is_found_again_by_its_hash(tmp_path: Path, folder: Pat
     shutil.copytree(folder, cache / digest)
     mark = cache / digest / "lawcat_teacher.json"
     mark.write_text(json.dumps({"source": "m.gguf", "sha256": digest}))
+    refuse(tmp_path / "m.gguf", "no whole GGUF")  # one of an earlier version is made anew
+    mark.write_text(json.dumps({"format": 2, "source": "m.gguf", "sha256": digest}))
     teacher = resolve(tmp_path / "m.gguf")
     assert (teacher.folder, teacher.sha256) == (cache / digest, digest)
     for bad in ("[]", "{}", '{"sha256": 5}'):
