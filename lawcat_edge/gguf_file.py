@@ -109,7 +109,8 @@ def read_gguf(file: Path) -> GgufFile:
         raise LawcatError(f"{file} is no model but a {general['general.type']!r}; give the model's GGUF.")
     if general["split.count"] not in (None, 0, 1):
         raise LawcatError(f"{file} is one of {general['split.count']} parts; merge them into one file first.")
-    D, layers, width, H = (keys.get(name) for name in SIZES[:4])
+    sizes: list[Any] = [keys.get(name) for name in SIZES[:4]]
+    D, layers, width, H = sizes
     sized = all(type(n) is int and n > 0 for n in (D, layers, width, H)) and layers <= len(tensors)
     G, d = keys.get("attention.head_count_kv") or H, keys.get("attention.key_length")
     d = d or (D // H if sized else 0)
