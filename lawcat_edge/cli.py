@@ -40,7 +40,7 @@ COMMANDS = {
 # Newer versions of typer carry a click of their own and older ones need the package; this fits both.
 _ClickException: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 _EXTRA_OF = {"typer": "", "matplotlib": "build", "pyarrow": "data", "triton": "triton", "starlette": "serve"}
-_EXTRA_OF |= {"uvicorn": "serve", "cryptography": "sign"}
+_EXTRA_OF |= {"zstandard": "data", "uvicorn": "serve", "cryptography": "sign"}
 _NO_MEMORY = re.compile(r"out of memory|can't allocate memory", re.IGNORECASE)
 
 

@@ -36,6 +36,15 @@ _WINDOWS_DEVICES = {
 }
 
 
+def user_path(text: str | Path) -> Path:
+    """A path as the user wrote it, with ``~`` and ``~name`` as the shell reads them."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        who = Path(text).parts[0]
+        raise LawcatError(f"There is no home folder for {who!r} ({text}); write the whole path.") from None
+
+
 def check_member_name(name: object) -> str:
     """Return `name` if it is a plain file name (no folder, no `..`, no Windows form), else raise."""
     bad = (
@@ -119,7 +128,7 @@ def parse_json(data: bytes, what: str, max_depth: int = MAX_JSON_DEPTH) -> Any:
         raise LawcatError(f"{what} holds {values:,} values; at most {MAX_JSON_VALUES:,} are allowed.")
     try:
         return json.loads(
-            data.decode("utf-8"),
+            data.decode("utf-8-sig"),  # editors on Windows put a mark before it
             object_pairs_hook=_unique_keys,
             parse_constant=_no_constant,
             parse_int=_short_int,

@@ -17,7 +17,7 @@ def distill(
     out: Annotated[Path, typer.Option(help="Adapter folder to write.")],
     data: Annotated[
         list[str] | None,
-        typer.Option(help="Text, JSONL, Parquet, globs, tokenised .bin, hub:NAME; repeatable."),
+        typer.Option(help="Text, JSON, CSV, Parquet, globs, tokenised .bin, hub:NAME; repeatable."),
     ] = None,
     recipe: Annotated[
         str | None, typer.Option(help="general, general-window, passkey, or a JSON file.")
