@@ -7,12 +7,14 @@ converted once, through transformers, into the cache (LAWCAT_EDGE_CACHE, else ~/
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.util
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,14 +74,35 @@ class Teacher:
         check_shapes(self.weights(), self.geometry)
         logging.disable_progress_bar()
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                self.folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
-            )
+            with self._as_transformers_reads() as folder:
+                model = AutoModelForCausalLM.from_pretrained(
+                    folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
+                )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise LawcatError(
                 f"{self.folder} could not be loaded: {_first_line(error)}; get the model anew."
             ) from error
         return model.eval()
+
+    @contextlib.contextmanager
+    def _as_transformers_reads(self) -> Iterator[Path]:
+        """The folder, or links to the files that count where transformers would take another one.
+
+        Beside an index it takes a stray model.safetensors.
+        """
+        from lawcat_edge.weights import INDEX, weight_files
+
+        files, held = weight_files(self.folder)
+        stray = self.folder / "model.safetensors"
+        if not held or stray in files or not stray.is_file():
+            yield self.folder
+            return
+        names = [*(path.name for path in files), "config.json", "generation_config.json", INDEX]
+        with tempfile.TemporaryDirectory(prefix="lawcat-teacher-") as links:
+            for member in names:
+                if (self.folder / member).is_file():
+                    (Path(links) / member).symlink_to((self.folder / member).resolve())
+            yield Path(links)
 
 
 def resolve(name: str | Path) -> Teacher:
@@ -126,9 +149,9 @@ def _from_folder(folder: Path, name: str) -> Teacher:
     if mark.is_file():
         digest = _digest_of(mark)
     else:
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise LawcatError(f"{folder} has no *.safetensors; save the model with save_pretrained first.")
+        from lawcat_edge.weights import weight_files
+
+        files, _ = weight_files(folder)
         joined = "".join(sha256_file(file) for file in files)
         digest = sha256_file(files[0]) if len(files) == 1 else hashlib.sha256(joined.encode()).hexdigest()
     return Teacher(name, folder, digest, geometry)

