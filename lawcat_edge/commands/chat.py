@@ -31,7 +31,7 @@ def chat(
 ) -> None:
     """Talk with MODEL. The state keeps its size however long the conversation gets.
 
-    In the conversation: /save FILE, /load FILE, /reset, /stats, /exit.
+    In the conversation: /save FILE, /load FILE, /reset, /stats, /exit; // says a line that begins with /.
 
     Examples:
 
@@ -61,7 +61,7 @@ class _Conversation:
     def run(self) -> None:
         while True:
             try:
-                line = input("> " if sys.stdin.isatty() else "").strip()
+                line = input("> " if sys.stdin.isatty() else "").strip("\ufeff \t\r\n")
             except EOFError:
                 return
             except UnicodeDecodeError:
@@ -72,10 +72,10 @@ class _Conversation:
             if not line:
                 continue
             try:
-                if line.startswith("/"):
+                if line.startswith("/") and not line.startswith("//"):
                     self.command(*line.split(maxsplit=1))
                 else:
-                    self.answer(line)
+                    self.answer(line.removeprefix("/") if line.startswith("//") else line)
             except LawcatError as error:  # a slip in a conversation does not end it
                 print(error, file=sys.stderr)
 
@@ -111,4 +111,6 @@ class _Conversation:
             else:
                 show_stats(self.last)
         else:
-            raise LawcatError(f"There is no {name}; the commands are: {HELP}")
+            raise LawcatError(
+                f"There is no {name}; the commands are: {HELP}. To say a line that begins with /, write //."
+            )
