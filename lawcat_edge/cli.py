@@ -7,11 +7,13 @@ A command's module is imported only when that command runs.
 from __future__ import annotations
 
 import errno
+import functools
 import importlib
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -23,6 +25,7 @@ from lawcat_edge import __version__
 from lawcat_edge.runtime.errors import LawcatError
 
 INTERRUPTED = 130
+PLACES = ("model", "teacher", "adapter", "reference")  # options that are a path or a name
 COMMANDS = {
     "demo": "The main job on the embedded teacher, start to end.",
     "distill": "Train an adapter: a teacher's attention becomes linear.",
@@ -54,7 +57,7 @@ class Lazy(TyperGroup):
         if cmd_name not in COMMANDS:
             return None
         function = getattr(importlib.import_module(f"lawcat_edge.commands.{cmd_name}"), cmd_name)
-        info = CommandInfo(name=cmd_name, callback=function, help=function.__doc__)
+        info = CommandInfo(name=cmd_name, callback=_at_home(function), help=function.__doc__)
         return get_command_from_info(info, pretty_exceptions_short=True, rich_markup_mode=None)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
@@ -62,9 +65,28 @@ class Lazy(TyperGroup):
             formatter.write_dl(list(COMMANDS.items()))
 
 
+def _at_home(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The command, with ``~`` read in its paths: a shell leaves it in ``--out=~/b`` and in quotes."""
+
+    def expanded(name: str, value: Any) -> Any:
+        from lawcat_edge.runtime.files import user_path
+
+        if isinstance(value, (list, tuple)):
+            return [expanded(name, item) for item in value]
+        if isinstance(value, Path):
+            return user_path(value)
+        return str(user_path(value)) if name in PLACES and str(value).startswith("~") else value
+
+    @functools.wraps(function)
+    def command(**values: Any) -> Any:
+        return function(**{name: expanded(name, value) for name, value in values.items()})
+
+    return command
+
+
 app = typer.Typer(
     cls=Lazy,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
     no_args_is_help=True,
     pretty_exceptions_enable=False,

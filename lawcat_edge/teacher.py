@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 from lawcat_edge.families import Geometry
 from lawcat_edge.runtime.errors import LawcatError
-from lawcat_edge.runtime.files import read_bytes, read_json, sha256_file
+from lawcat_edge.runtime.files import read_bytes, read_json, sha256_file, user_path
+from lawcat_edge.weights import INDEX, SafetensorsWeights, check_shapes, weight_files
 
 if TYPE_CHECKING:
     from lawcat_edge.weights import WeightSource
@@ -57,8 +58,6 @@ class Teacher:
         return (source, end["content"] if isinstance(end, dict) else end) if source else None
 
     def weights(self) -> WeightSource:
-        from lawcat_edge.weights import SafetensorsWeights
-
         return SafetensorsWeights(self.folder)
 
     def load_model(self) -> Any:
@@ -67,8 +66,6 @@ class Teacher:
         from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
-
-        from lawcat_edge.weights import check_shapes
 
         # transformers only warns about a missing tensor and makes up random numbers for it
         check_shapes(self.weights(), self.geometry)
@@ -90,8 +87,6 @@ class Teacher:
 
         Beside an index it takes a stray model.safetensors.
         """
-        from lawcat_edge.weights import INDEX, weight_files
-
         files, held = weight_files(self.folder)
         stray = self.folder / "model.safetensors"
         if not held or stray in files or not stray.is_file():
@@ -112,7 +107,7 @@ def resolve(name: str | Path) -> Teacher:
         raise LawcatError("The teacher has no name; give a folder, a GGUF file, a hub id, or 'smollm2'.")
     if text == "smollm2":
         return _from_gguf(_embedded(), text)
-    path = Path(text).expanduser()
+    path = user_path(text)
     if path.is_dir():
         return _from_folder(path, text)
     if path.is_file():
@@ -149,8 +144,6 @@ def _from_folder(folder: Path, name: str) -> Teacher:
     if mark.is_file():
         digest = _digest_of(mark)
     else:
-        from lawcat_edge.weights import weight_files
-
         files, _ = weight_files(folder)
         joined = "".join(sha256_file(file) for file in files)
         digest = sha256_file(files[0]) if len(files) == 1 else hashlib.sha256(joined.encode()).hexdigest()
@@ -181,7 +174,15 @@ def state_name() -> str:
 
 
 def cache_folder() -> Path:
-    return Path(os.environ.get("LAWCAT_EDGE_CACHE") or Path.home() / ".cache" / "lawcat-edge")
+    given = os.environ.get("LAWCAT_EDGE_CACHE")
+    if given:
+        return user_path(given)
+    try:
+        return Path.home() / ".cache" / "lawcat-edge"
+    except RuntimeError:
+        raise LawcatError(
+            "There is no home folder to keep converted teachers in; set LAWCAT_EDGE_CACHE to a folder."
+        ) from None
 
 
 def _from_gguf(file: Path, name: str) -> Teacher:
@@ -215,7 +216,13 @@ def _convert_gguf(file: Path, digest: str, target: Path) -> None:
     from lawcat_edge.runtime.files import write_json
 
     logging.disable_progress_bar()
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LawcatError(
+            f"Converted teachers cannot be kept in {target.parent} ({error.strerror}); set LAWCAT_EDGE_CACHE "
+            f"to a folder that can be written."
+        ) from error
     building = Path(tempfile.mkdtemp(prefix=".converting-", dir=target.parent))
     alone = Path(tempfile.mkdtemp(prefix=".converting-", dir=target.parent))
     try:
@@ -269,22 +276,37 @@ def _from_hub(name: str) -> Teacher:
     from transformers import AutoTokenizer
     from transformers.utils import cached_file
 
+    there = _hub_reachable()
+    only: dict[str, Any] = {} if there else {"local_files_only": True}  # what was fetched before
     try:
-        config = Path(str(cached_file(name, "config.json")))
+        config = Path(str(cached_file(name, "config.json", **only)))
         _geometry(config)  # refuses an unsupported family before its weights are fetched
-        AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        index = cached_file(name, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
+        AutoTokenizer.from_pretrained(name, trust_remote_code=False, **only)
+        index = cached_file(name, INDEX, _raise_exceptions_for_missing_entries=False, **only)
         shards = ["model.safetensors"]
         if index:
             shards = sorted(set(read_json(Path(index))["weight_map"].values()))
         for shard in shards:
-            cached_file(name, shard)
+            cached_file(name, shard, **only)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        why = "is unknown to the hub or has no safetensors there"
+        if not there:
+            why = "the hub cannot be reached (offline?)"
         raise LawcatError(
-            f"The teacher {name!r} is no local path and could not be had from the hub (offline, unknown, or "
-            f"without safetensors); give a folder, a GGUF file, or 'smollm2'."
+            f"The teacher {name!r} is no local path, and {why}; give a folder, a GGUF file, or 'smollm2'."
         ) from error
     return _from_folder(config.parent, name)
+
+
+def _hub_reachable() -> bool:
+    """One try: the hub's own client says a dozen lines in half a minute before it gives up."""
+    import huggingface_hub
+
+    try:
+        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=10)
+    except Exception:  # offline mode, no route, no name, a proxy that refuses: each client has its own types
+        return False
+    return True
 
 
 def _first_line(error: BaseException) -> str:

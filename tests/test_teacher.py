@@ -227,7 +227,7 @@ def test_a_hub_id_offline_or_unknown(name: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     if hasattr(hub, "is_offline_mode"):
         monkeypatch.setattr(hub, "is_offline_mode", lambda: True)
-    refuse(name, repr(name), "hub", "give a folder, a GGUF file, or 'smollm2'")
+    refuse(name, repr(name), "the hub cannot be reached", "give a folder, a GGUF file, or 'smollm2'")
 
 
 @pytest.fixture
@@ -244,6 +244,7 @@ def hub_with(monkeypatch: pytest.MonkeyPatch) -> Any:
                 raise OSError(f"{name} does not appear to have a file named {file}")
             return None
 
+        monkeypatch.setattr("lawcat_edge.teacher._hub_reachable", lambda: True)
         monkeypatch.setattr("transformers.utils.cached_file", cached_file)
         monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *a, **k: None)
         return asked
@@ -258,7 +259,7 @@ def test_a_hub_id_that_is_there(folder: Path, hub_with: Any) -> None:
     assert "model.safetensors" in asked
     index = {"weight_map": {"a": "two.safetensors", "b": "one.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    refuse("someone/model", "'someone/model'", "without safetensors")
+    refuse("someone/model", "'someone/model'", "no safetensors there")
     assert asked[-1] == "one.safetensors"
     (folder / "model.safetensors.index.json").write_text("[]")
     refuse("someone/model", "'someone/model'")

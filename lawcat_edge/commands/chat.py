@@ -91,14 +91,17 @@ class _Conversation:
         self.last = running.stats
 
     def command(self, name: str, argument: str | None = None) -> None:
+        from lawcat_edge.runtime.files import user_path
+
         if name in ("/save", "/load") and argument is None:
             raise LawcatError(f"{name} needs a file: {name} talk.state")
         if name == "/save":
-            self.model.snapshot(argument)
+            assert argument is not None
+            self.model.snapshot(user_path(argument))
             print(f"Saved to {argument}.", file=sys.stderr)
         elif name == "/load":
             assert argument is not None
-            context = self.model.restore(argument)
+            context = self.model.restore(user_path(argument))
             print(f"Back at {len(context):,} tokens, {len(context.messages)} messages.", file=sys.stderr)
         elif name == "/reset":
             self.model.reset()
