@@ -11,6 +11,7 @@ import functools
 import importlib
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -65,6 +66,10 @@ class Lazy(TyperGroup):
             formatter.write_dl(list(COMMANDS.items()))
 
 
+_interrupted: list[tuple[str, dict[str, Any]]] = []
+"""The command that Ctrl-C ended last, and its options."""
+
+
 def _at_home(function: Callable[..., Any]) -> Callable[..., Any]:
     """The command, with ``~`` read in its paths: a shell leaves it in ``--out=~/b`` and in quotes."""
 
@@ -79,7 +84,12 @@ def _at_home(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def command(**values: Any) -> Any:
-        return function(**{name: expanded(name, value) for name, value in values.items()})
+        values = {name: expanded(name, value) for name, value in values.items()}
+        try:
+            return function(**values)
+        except KeyboardInterrupt:
+            _interrupted[:] = [(function.__name__, values)]  # typer hands on no more than a number
+            raise
 
     return command
 
@@ -118,6 +128,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run(arguments: list[str] | None = None, environment: Mapping[str, str] = os.environ) -> int:
     """Run the command line; the exit code instead of an exception, unless LAWCAT_EDGE_DEBUG is set."""
+    _interrupted.clear()
     try:
         result = app(args=arguments, prog_name="lawcat-edge", standalone_mode=False)
         code = result if isinstance(result, int) else 0
@@ -135,8 +146,26 @@ def run(arguments: list[str] | None = None, environment: Mapping[str, str] = os.
         rank = environment.get("RANK", "0")  # one of many processes: say which, since each may fail alone
         print(f"Error{'' if rank == '0' else f' in process {rank}'}: {message}", file=sys.stderr)
     if code == INTERRUPTED:  # typer turns Ctrl-C into this code itself
-        print("Interrupted; nothing half-written was left in place.", file=sys.stderr)
+        step = _go_on(sys.argv[1:] if arguments is None else arguments)
+        print(f"Interrupted; nothing half-written was left in place.{step}", file=sys.stderr)
     return code
+
+
+def _go_on(arguments: list[str]) -> str:
+    """How an interrupted command goes on where it was, or nothing for one that keeps nothing."""
+    name, values = _interrupted[0] if _interrupted else ("", {})
+    words = list(arguments)
+    if name == "distill":
+        from lawcat_edge.distill.run_folder import run_folder, unfinished
+
+        words = [word for word in words if word not in ("--resume", "--fresh")]
+        if unfinished(run_folder(values["out"])):
+            words.append("--resume")
+    elif name == "compare":
+        words = [word for word in words if word != "--no-resume"]
+    elif name not in ("export", "demo"):
+        return ""
+    return f" To go on: {shlex.join(['lawcat-edge', *words])}"
 
 
 def explain(error: Exception) -> tuple[str | None, int]:

@@ -94,20 +94,20 @@ def _say(text: str) -> None:
 def _distil(teacher: Any, adapter: Path) -> None:
     from lawcat_edge.commands.progress import training_progress
     from lawcat_edge.distill.run import distill
+    from lawcat_edge.distill.run_folder import kept, run_folder
     from lawcat_edge.distill.settings import DistillSettings
 
     if (adapter / "lawcat_config.json").is_file():
         _say(f"2/4  adapter: {adapter}, from a former run")
         return
     _say("2/4  distil both stages for a short while (a proof that it works, not a good model)")
-    checkpoint = adapter.with_name(adapter.name + ".run") / "checkpoint" / "state.json"
     with training_progress() as progress:
         distill(
             teacher,
             [],
             adapter,
             DistillSettings().with_changes(dict(SHORT)),
-            resume=checkpoint.is_file(),
+            resume=kept(run_folder(adapter)) is not None,
             report=progress,
         )
 
@@ -136,6 +136,7 @@ def _export(teacher: Any, adapter: Path, bundle: Path) -> None:
             ops="ort",
             name=None,
             verify=True,
+            overwrite=True,
             json_=False,
         )
 
