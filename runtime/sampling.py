@@ -46,7 +46,7 @@ class SamplingOptions:
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
                 raise LawcatError(f"{name} must be a number from {low:g} to {high:g}, not {value!r}.")
         if type(self.top_k) is not int or not 0 <= self.top_k <= 1 << 24:
-            raise LawcatError(f"top_k must be a whole number of at least 0, not {self.top_k!r}.")
+            raise LawcatError(f"top_k must be a whole number from 0 to {1 << 24:,}, not {self.top_k!r}.")
         if self.seed is not None and (type(self.seed) is not int or not 0 <= self.seed < 1 << 63):
             raise LawcatError(f"seed must be a whole number from 0 to 2**63 - 1, not {self.seed!r}.")
 

@@ -121,8 +121,10 @@ class StopStrings:
 
     def __init__(self, stops: Iterable[str] = ()) -> None:
         self.stops = tuple(stops)
-        if any(not stop or len(stop) > 1000 for stop in self.stops) or len(self.stops) > 64:
-            raise LawcatError("Stop strings must have 1 to 1000 characters, and at most 64 may be given.")
+        if "" in self.stops:
+            raise LawcatError("A stop string is empty, and would end every answer at once; leave it out.")
+        if any(len(stop) > 1000 for stop in self.stops) or len(self.stops) > 64:
+            raise LawcatError("Stop strings have at most 1000 characters, and at most 64 may be given.")
         self.found: str | None = None
         self._held = ""
 

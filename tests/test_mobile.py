@@ -28,7 +28,7 @@ PROMPT = list(range(40, 60))
 def make(folder: Path, scheme: str, ops: tuple[str, ...], **settings: Any) -> Path:
     config = LawcatConfig(feature_dim=8, **settings)
     teacher, model, adapter = make_student(
-        folder / "t", config=config, hidden_size=96, tie_word_embeddings=False
+        folder / "t", config=config, hidden_size=96, tie_word_embeddings=False, start=6
     )
     make_bundle(teacher, model, adapter, folder / "b", scheme=scheme, ops=ops, ort_format=True)
     return folder / "b"

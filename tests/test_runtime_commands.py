@@ -17,6 +17,7 @@ from lawcat_edge.commands.chat import chat
 from lawcat_edge.commands.generate import generate
 from lawcat_edge.commands.info import info
 from lawcat_edge.commands.verify import verify
+from lawcat_edge.runtime import Model
 from lawcat_edge.runtime.errors import CheckFailed, LawcatError
 
 
@@ -68,7 +69,7 @@ def test_generate_reads_a_file_saves_and_goes_on(bundle: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"caf\xe9", "not UTF-8"), (b"a\0b", "binary"), (b" \n", "empty"), (None, "Cannot read")],
+    [(b"caf\xe9", "not valid UTF-8"), (b"a\0b", "binary"), (b" \n", "empty"), (None, "Cannot read")],
 )
 def test_generate_refuses_bad_files_in_one_sentence(
     bundle: str, tmp_path: Path, content: bytes | None, message: str
@@ -113,6 +114,15 @@ def test_chat_commands(bundle: str, tmp_path: Path) -> None:
         assert text in result.stderr
     again = run("chat", bundle, "--load-snapshot", str(state), stdin="/stats\n/exit\nnot read\n")
     assert again.exit_code == 0
+
+
+def test_a_line_that_begins_with_a_slash_can_be_said(bundle: str, tmp_path: Path) -> None:
+    state = tmp_path / "talk.state"
+    spoken = f"\ufeff//etc is a folder\n/save {state}\n"  # and a mark before a piped text is no part of it
+    assert run("chat", bundle, "--max-new-tokens", "2", stdin=spoken).exit_code == 0
+    context = Model.load(bundle).restore(state)
+    assert context.messages[0] == {"role": "user", "content": "/etc is a folder"}
+    assert "write //" in run("chat", bundle, stdin="/etc is a folder\n").stderr
 
 
 def test_verify_passes_and_fails(bundle: str, tmp_path: Path) -> None:

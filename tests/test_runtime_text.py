@@ -84,8 +84,10 @@ def test_stop_strings_do_not_depend_on_the_pieces(text: str, stops: list[str], d
 
 
 def test_bad_stop_strings_and_tokenizers_are_refused() -> None:
-    with pytest.raises(LawcatError, match="Stop strings"):
-        StopStrings([""])
+    with pytest.raises(LawcatError, match="A stop string is empty"):
+        StopStrings(["x", ""])
+    with pytest.raises(LawcatError, match="at most 1000 characters"):
+        StopStrings(["x" * 1001])
     for data in (b"", b"{}", b"\xff\xfe", b'{"version":"1.0","model":{"type":"Nope"}}'):
         with pytest.raises(LawcatError, match="not a valid tokenizer"):
             Tokenizer(data, V)

@@ -31,7 +31,7 @@ def chat(
 ) -> None:
     """Talk with MODEL. The state keeps its size however long the conversation gets.
 
-    In the conversation: /save FILE, /load FILE, /reset, /stats, /exit.
+    In the conversation: /save FILE, /load FILE, /reset, /stats, /exit; // says a line that begins with /.
 
     Examples:
 
@@ -61,7 +61,7 @@ class _Conversation:
     def run(self) -> None:
         while True:
             try:
-                line = input("> " if sys.stdin.isatty() else "").strip()
+                line = input("> " if sys.stdin.isatty() else "").strip("\ufeff \t\r\n")
             except EOFError:
                 return
             except UnicodeDecodeError:
@@ -72,10 +72,10 @@ class _Conversation:
             if not line:
                 continue
             try:
-                if line.startswith("/"):
+                if line.startswith("/") and not line.startswith("//"):
                     self.command(*line.split(maxsplit=1))
                 else:
-                    self.answer(line)
+                    self.answer(line.removeprefix("/") if line.startswith("//") else line)
             except LawcatError as error:  # a slip in a conversation does not end it
                 print(error, file=sys.stderr)
 
@@ -91,14 +91,17 @@ class _Conversation:
         self.last = running.stats
 
     def command(self, name: str, argument: str | None = None) -> None:
+        from lawcat_edge.runtime.files import user_path
+
         if name in ("/save", "/load") and argument is None:
             raise LawcatError(f"{name} needs a file: {name} talk.state")
         if name == "/save":
-            self.model.snapshot(argument)
+            assert argument is not None
+            self.model.snapshot(user_path(argument))
             print(f"Saved to {argument}.", file=sys.stderr)
         elif name == "/load":
             assert argument is not None
-            context = self.model.restore(argument)
+            context = self.model.restore(user_path(argument))
             print(f"Back at {len(context):,} tokens, {len(context.messages)} messages.", file=sys.stderr)
         elif name == "/reset":
             self.model.reset()
@@ -111,4 +114,6 @@ class _Conversation:
             else:
                 show_stats(self.last)
         else:
-            raise LawcatError(f"There is no {name}; the commands are: {HELP}")
+            raise LawcatError(
+                f"There is no {name}; the commands are: {HELP}. To say a line that begins with /, write //."
+            )
