@@ -43,6 +43,9 @@ from lawcat_edge.runtime.server_requests import (
 )
 from lawcat_edge.runtime.server_worker import Closing, QueueFull, Worker
 
+LAST_WORD_SECONDS = 5  # after the grace, for readers to take what was written and the word of the end
+SEND_BUFFER = 64 << 10
+
 
 @dataclass(frozen=True)
 class Options:
@@ -100,23 +103,30 @@ def listen(host: str, port: int) -> socket.socket:
         raise LawcatError(f"--port must be from 0 to 65535, not {port}.")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=128)
+        listener = socket.create_server((host, port), family=family, backlog=128)
     except OSError as error:
         raise LawcatError(
             f"Cannot listen on {host} port {port} ({error.strerror or error}); choose another with --port."
         ) from error
+    # Connections inherit it. The system would let megabytes wait for a slow reader, who then could not be
+    # reached with the word of the end before the server's time is over.
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+    return listener
 
 
 class _Server(uvicorn.Server):
-    """Ends the answers under way itself, with a word to their readers, before uvicorn breaks them off."""
+    """Ends the answers under way itself, with a word to their readers, before uvicorn breaks them off.
+
+    uvicorn cuts whatever is left at its own deadline without a word, so nothing here may wait for the model:
+    its thread can be in the middle of a long turn.
+    """
 
     def __init__(self, config: uvicorn.Config, service: _Service, grace_seconds: float) -> None:
         super().__init__(config)
         self.service, self.grace_seconds = service, grace_seconds
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        if self.service.worker is not None:
-            asyncio.get_running_loop().call_later(self.grace_seconds, self.service.worker.stop)
+        asyncio.get_running_loop().call_later(self.grace_seconds, self.service.end)
         await super().shutdown(sockets)
 
 
@@ -139,7 +149,7 @@ def build_server(model: Model, options: Options, grace_seconds: float = 3.0) -> 
         # Requests beyond the queue get a proper 429; this is for connections by the hundred.
         limit_concurrency=options.parallel + options.queue + 128,
         # For readers that do not even take the word of the end.
-        timeout_graceful_shutdown=int(grace_seconds) + 3,
+        timeout_graceful_shutdown=int(grace_seconds) + LAST_WORD_SECONDS,
     )
     return _Server(config, app.state.service, grace_seconds)
 
@@ -154,8 +164,13 @@ def serve(
     if not is_local(host) and options.api_key is None:
         print(f"Warning: anyone who reaches {host} can use this server; set --api-key.", file=sys.stderr)
     server = build_server(model, options)
-    # uvicorn raises the signal again when it is done: ending on SIGTERM is success.
-    before = signal.signal(signal.SIGTERM, lambda *_: None)
+
+    def end(*_: object) -> None:
+        # Before uvicorn listens to signals this ends the server at its start. uvicorn raises the signal again
+        # when it is done: ending on SIGTERM is success.
+        server.should_exit = True
+
+    before = signal.signal(signal.SIGTERM, end)
     try:
         if ready is not None:
             ready(f"http://{name}:{listener.getsockname()[1]}/v1")
@@ -175,6 +190,20 @@ class _Service:
         # One thread: a template's meter is not shared, and tokenizing must not take the model's cores.
         self.prepare = ThreadPoolExecutor(1, thread_name_prefix="lawcat-text")
         self.worker: Worker | None = None
+        # What the end of the server has to be told to: answers under way, and requests being read.
+        self.answers: set[Answer] = set()
+        self.reading: set[asyncio.Timeout] = set()
+        self.ended = False
+
+    def end(self) -> None:
+        """Take no more requests and end all answers now, whatever the model's thread is doing."""
+        self.ended = True
+        if self.worker is not None:
+            self.worker.stop()
+        for timeout in self.reading:
+            timeout.reschedule(asyncio.get_running_loop().time())
+        for answer in self.answers:
+            answer.end()
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
@@ -213,11 +242,12 @@ class _Service:
     async def _answer(self, request: Request, parse: Callable[..., Asked]) -> Response:
         assert self.worker is not None
         try:
-            data = await read_request(request, self.options.max_request_bytes)
-            # Before the work of parsing; submit checks again.
-            self.worker.check_room()
-            loop = asyncio.get_running_loop()
-            asked, tokens, name = await loop.run_in_executor(self.prepare, self._read, data, parse)
+            async with self._until_end():
+                data = await read_request(request, self.options.max_request_bytes)
+                # Before the work of parsing; submit checks again.
+                self.worker.check_room()
+                loop = asyncio.get_running_loop()
+                asked, tokens, name = await loop.run_in_executor(self.prepare, self._read, data, parse)
             answer = Answer(self.model, asked, tokens, name, self.options.stall_seconds)
             self.worker.submit(answer.job)
         except BadRequest as error:
@@ -229,7 +259,22 @@ class _Service:
         except LawcatError as error:
             # Of the tokenizer or the template: about what the client sent.
             return error_response(str(error), 400)
+        self.answers.add(answer)
+        answer.when_over = lambda: self.answers.discard(answer)
         return answer.stream() if asked.stream else await answer.whole(request)
+
+    @contextlib.asynccontextmanager
+    async def _until_end(self) -> AsyncIterator[None]:
+        """Raises Closing within, when the server ends."""
+        timeout = asyncio.timeout(0 if self.ended else None)
+        self.reading.add(timeout)
+        try:
+            async with timeout:
+                yield
+        except TimeoutError as error:
+            raise Closing("The server is shutting down.") from error
+        finally:
+            self.reading.discard(timeout)
 
     def _read(self, data: bytes, parse: Callable[..., Asked]) -> tuple[Asked, array, str]:
         body = read_body(data)

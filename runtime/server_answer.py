@@ -34,10 +34,17 @@ class Answer:
         self.asked, self.stall_seconds = asked, stall_seconds
         loop = asyncio.get_running_loop()
         self.signal = asyncio.Event()
+        self.ended = False
+        self.when_over: Callable[[], object] = lambda: None
         self.job = Job(tokens, asked.request, lambda: _call(loop, self.signal.set))
         fingerprint = "lawcat-" + model.bundle.sha256[:12]
         logprobs = asked.request.logprobs is not None
         self.reply = Reply(model.tokenizer, name, fingerprint, asked.chat, logprobs)
+
+    def end(self) -> None:
+        """Give out what there is and then the word of the end, without waiting for the model's thread."""
+        self.ended = True
+        self.signal.set()
 
     async def pieces(self) -> AsyncIterator[Piece | None]:
         """The pieces up to the last; None now and then while there is nothing."""
@@ -52,6 +59,9 @@ class Answer:
                 yield piece
                 if piece.reason:
                     return
+            if self.ended:
+                yield Piece("", reason="cancelled")
+                return
 
     async def whole(self, request: Request) -> Response:
         watch = asyncio.ensure_future(until_gone(request.receive))
@@ -60,7 +70,7 @@ class Answer:
             pieces = [piece async for piece in self.pieces() if piece is not None]
         finally:
             watch.cancel()
-            self.job.cancel()
+            self.over()
         last = pieces[-1]
         if last.reason == "error":
             return error_response(last.text, 500)
@@ -70,6 +80,11 @@ class Answer:
         choices = [choice for piece in pieces for choice in piece.choices]
         assert last.reason is not None
         return JSONResponse(self.reply.whole(text, choices, last.reason, self.job))
+
+    def over(self) -> None:
+        """The answer is written, or nobody is there to read it."""
+        self.job.cancel()
+        self.when_over()
 
     def stream(self) -> Response:
         return _EventStream(self)
@@ -106,7 +121,6 @@ class _EventStream(Response):
         self.answer = answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        job = self.answer.job
         write = asyncio.ensure_future(self._write(send))
         gone = asyncio.ensure_future(until_gone(receive))
         try:
@@ -115,7 +129,7 @@ class _EventStream(Response):
                 with contextlib.suppress(TimeoutError):  # nobody reads: uvicorn closes the connection
                     write.result()
         finally:
-            job.cancel()
+            self.answer.over()
             for task in (write, gone):
                 task.cancel()
 
