@@ -1,6 +1,6 @@
 """Chat templates: a jinja2 template from a file, run where it can do nothing and cannot run for long.
 
-What it writes is what transformers' ``apply_chat_template`` writes from the same file, messages and variables.
+What it writes is what transformers' ``apply_chat_template`` writes from the same file and messages.
 """
 
 from __future__ import annotations
@@ -16,7 +16,11 @@ from lawcat_edge.runtime.template_sandbox import RefusedError, make_environment,
 MAX_SOURCE = 256 << 10
 Message = dict[str, Any]
 
-_REASONING = ("reasoning_content", "thinking", "reasoning")  # names that models and programs use for one thing
+_REASONING = (
+    "reasoning_content",
+    "thinking",
+    "reasoning",
+)  # names that models and programs use for one thing
 _MARK = "CONTINUE_FINAL_MESSAGE_TAG "  # its last space shows whether the template trims messages
 
 
@@ -50,10 +54,11 @@ class ChatTemplate:
     ) -> str:
         """The text of `messages`.
 
-        add_generation_prompt: ending where the assistant's answer begins. continue_final: ending where the last
-        message does, for the model to go on with it. variables: what else the template may ask for
+        add_generation_prompt: ending where the assistant's answer begins. continue_final: ending where the
+        last message does, for the model to go on with it. variables: what else the template may ask for
         (``enable_thinking``, ``tools``, ``documents``, ...), of JSON's types.
-        Raises LawcatError for messages that are none or that the template refuses, BundleFault where it fails.
+        Raises LawcatError for messages that are none or that the template refuses, BundleFault where the
+        template fails.
         """
         check_messages(messages)
         plain = [_named_as_templates_do(message) for message in messages]

@@ -79,14 +79,16 @@ class Meter:
 
 
 def check_growth(meter: Meter, name: str, value: Any, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-    """Refuse a call of the filter or method `name` of `value` whose result would be too large, before it runs."""
+    """Refuse a call of the filter or method `name` of `value` whose result would be too large."""
     given = (*args, *named.values())
     widest = max((item for item in given if isinstance(item, int)), default=0)
     longest = max((len(item) for item in given if isinstance(item, str)), default=0)
     size = 0
     if name == "replace" and isinstance(value, str):
         old = str(named.get("old", args[0] if args else ""))
-        size = (len(value) // max(1, len(old)) + 1) * len(str(named.get("new", args[1] if len(args) > 1 else "")))
+        size = (len(value) // max(1, len(old)) + 1) * len(
+            str(named.get("new", args[1] if len(args) > 1 else ""))
+        )
     elif name == "join":  # the filter: items.join(separator); the method: separator.join(items)
         size = len(value) * (longest if not isinstance(value, str) or not args else _length(args[0]))
     elif name in ("center", "ljust", "rjust", "zfill", "batch", "slice"):
@@ -107,7 +109,9 @@ def _length(value: Any) -> int:
 
 def check_printf(meter: Meter, form: str, args: Any) -> None:
     """Refuse ``form % args`` where its widths or its repeated arguments would make too much text."""
-    values: Iterable[Any] = args.values() if isinstance(args, dict) else args if isinstance(args, tuple) else (args,)
+    values: Iterable[Any] = (
+        args.values() if isinstance(args, dict) else args if isinstance(args, tuple) else (args,)
+    )
     largest = max((meter.size_of(value) for value in values), default=0)
     size, quoted = len(form), 1
     for match in _PRINTF.finditer(form):

@@ -1,13 +1,13 @@
 """jinja2's sandbox with a meter in it: the environment that chat templates run in.
 
-The sandbox keeps a template away from Python's internals, but not from time and memory: nested loops, macros that
-call themselves, `'a' * 10**9`, lists that hold one list twice, forty times over, `x in y` for two long lists.
+The sandbox keeps a template away from Python's internals, but not from time and memory: nested loops, macros
+that call themselves, `'a' * 10**9`, lists that hold one list twice, forty times over, `x in y` for two long lists.
 So loops, calls, filters, tests, operators, literals and all that is written (to the output or into a
 variable) are metered here, what can blow up a value is checked before it runs, and all text made by one
 rendering is capped together. Every single step is short, and the clock is read at each.
 
-What a template may call is what transformers gives it, without what is slow or draws at random (pprint, random,
-urlize, lipsum).
+What a template may call is what transformers gives it, without what is slow or draws at random (pprint,
+random, urlize, lipsum).
 """
 
 from __future__ import annotations
@@ -36,7 +36,18 @@ _FILTERS = (
     *("select", "selectattr", "slice", "sort", "string", "striptags", "title", "trim", "truncate", "unique"),
     *("upper", "urlencode", "wordcount", "wordwrap", "xmlattr"),
 )
-_GROWING = {"batch", "center", "expandtabs", "indent", "join", "ljust", "replace", "rjust", "slice", "wordwrap"}
+_GROWING = {
+    "batch",
+    "center",
+    "expandtabs",
+    "indent",
+    "join",
+    "ljust",
+    "replace",
+    "rjust",
+    "slice",
+    "wordwrap",
+}
 _GROWING |= {"zfill"}
 
 
@@ -55,7 +66,7 @@ def make_environment() -> Any:
         raise LawcatError("jinja2 is missing; install it with `pip install jinja2`.") from error
 
     class Generation(Extension):
-        """``{% generation %}`` marks what the assistant said, for those who train on it; it writes its body."""
+        """``{% generation %}`` marks what the assistant said, for those who train; it writes its body."""
 
         tags = {"generation"}  # noqa: RUF012 (the base class declares it so)
 

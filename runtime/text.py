@@ -40,7 +40,7 @@ SPECIAL_TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 
 
 def special_tokens(settings: Any) -> dict[str, str]:
-    """The special tokens that a tokenizer_config.json names, as templates get them: {"bos_token": "<s>", ...}."""
+    """The special tokens that a tokenizer_config.json names, as templates get them: {"bos_token": "<s>"}."""
     if not isinstance(settings, dict):
         return {}
     more = settings.get("extra_special_tokens")
