@@ -1,8 +1,8 @@
 """jinja2's sandbox with a meter in it: the environment that chat templates run in.
 
 The sandbox keeps a template away from Python's internals, but not from time and memory: nested loops, macros
-that call themselves, `'a' * 10**9`, lists that hold one list twice, forty times over, `x in y` for two long lists.
-So loops, calls, filters, tests, operators, literals and all that is written (to the output or into a
+that call themselves, `'a' * 10**9`, lists that hold one list twice, forty times over, `x in y` for two long
+lists. So loops, calls, filters, tests, operators, literals and all that is written (to the output or into a
 variable) are metered here, what can blow up a value is checked before it runs, and all text made by one
 rendering is capped together. Every single step is short, and the clock is read at each.
 
