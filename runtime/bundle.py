@@ -32,6 +32,7 @@ TOKENIZER = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 GENERATION_CONFIG = "generation_config.json"
+GENERATION_CONFIG = "generation_config.json"
 MAX_STATE_BYTES = 4 << 30
 
 # Every number of the geometry the runner works with, and the largest value it may have.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import signal
 import socket
 import sys
@@ -28,12 +29,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from lawcat_edge.runtime.errors import LawcatError
+from lawcat_edge.runtime.bundle import CHAT_TEMPLATE
+from lawcat_edge.runtime.errors import BundleFault, LawcatError
 from lawcat_edge.runtime.model import Model
 from lawcat_edge.runtime.server_answer import Answer
 from lawcat_edge.runtime.server_gate import Gate, error_response, is_local, read_request
 from lawcat_edge.runtime.server_replies import model_json
 from lawcat_edge.runtime.server_requests import (
+    PLAIN,
     Asked,
     BadRequest,
     check_model,
@@ -60,6 +63,7 @@ class Options:
     stall_seconds: float = 60.0
     api_key: str | None = None
     check_host: bool = True
+    allowed_hosts: tuple[str, ...] = ()
     cors: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -69,16 +73,25 @@ class Options:
             raise LawcatError("--max-tokens and --max-request-mb must be larger than 0.")
         if self.api_key is not None and not self.api_key.strip():
             raise LawcatError("The API key is empty; give one, or leave --api-key out.")
+        for name in self.allowed_hosts:
+            if not re.fullmatch(r"(\*\.)?[a-z0-9_-]+(\.[a-z0-9_-]+)*", name):
+                raise LawcatError(f"--allowed-host must be a name such as llm.example.com, not {name!r}.")
+        for origin in self.cors:
+            if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#\s]+", origin):
+                raise LawcatError(f"--cors must be an origin such as https://my.example, not {origin!r}.")
 
 
 def create_app(model: Model, options: Options = Options()) -> Starlette:
     """The ASGI application. It owns `model` from its start to its shutdown: use the model nowhere else."""
     service = _Service(model, options)
-    middleware = [Middleware(Gate, api_key=options.api_key, check_host=options.check_host)]
+    gate = Middleware(
+        Gate, options.api_key, check_host=options.check_host, allowed_hosts=options.allowed_hosts
+    )
+    middleware = [gate]
     if options.cors:
-        headers = ["Authorization", "Content-Type"]
+        # Any header: OpenAI's client sends a dozen of its own, and who may ask is for the origin and the key.
         cors = Middleware(
-            CORSMiddleware, allow_origins=list(options.cors), allow_methods=["*"], allow_headers=headers
+            CORSMiddleware, allow_origins=list(options.cors), allow_methods=["*"], allow_headers=["*"]
         )
         middleware.insert(0, cors)
     app = Starlette(
@@ -185,6 +198,9 @@ class _Service:
 
     def __init__(self, model: Model, options: Options) -> None:
         self.model, self.options = model, options
+        self.defaults = model.sampling_defaults(temperature=PLAIN.temperature)
+        if model.bundle.has(CHAT_TEMPLATE):
+            assert model.template  # that it cannot be compiled is said now, not to every client
         self.names = options.names or (model.bundle.manifest.name,)
         self.created = int(time.time())
         # One thread: a template's meter is not shared, and tokenizing must not take the model's cores.
@@ -247,8 +263,8 @@ class _Service:
                 # Before the work of parsing; submit checks again.
                 self.worker.check_room()
                 loop = asyncio.get_running_loop()
-                asked, tokens, name = await loop.run_in_executor(self.prepare, self._read, data, parse)
-            answer = Answer(self.model, asked, tokens, name, self.options.stall_seconds)
+                read = await loop.run_in_executor(self.prepare, self._read, data, parse)
+            answer = Answer(self.model, *read, self.options.stall_seconds)
             self.worker.submit(answer.job)
         except BadRequest as error:
             return error_response(str(error), error.status, error.param, error.code)
@@ -256,12 +272,14 @@ class _Service:
             return error_response(str(error), 429, code="queue_full", retry_after=error.retry_after)
         except Closing as error:
             return error_response(str(error), 503, code="shutting_down", retry_after=10)
+        except BundleFault as error:
+            return error_response(str(error), 500, code="bundle_fault")
         except LawcatError as error:
             # Of the tokenizer or the template: about what the client sent.
             return error_response(str(error), 400)
         self.answers.add(answer)
         answer.when_over = lambda: self.answers.discard(answer)
-        return answer.stream() if asked.stream else await answer.whole(request)
+        return answer.stream() if answer.asked.stream else await answer.whole(request)
 
     @contextlib.asynccontextmanager
     async def _until_end(self) -> AsyncIterator[None]:
@@ -276,18 +294,25 @@ class _Service:
         finally:
             self.reading.discard(timeout)
 
-    def _read(self, data: bytes, parse: Callable[..., Asked]) -> tuple[Asked, array, str]:
+    def _read(
+        self, data: bytes, parse: Callable[..., Asked]
+    ) -> tuple[Asked, list[array], list[str] | None, str]:
+        """(what is asked, token ids of each prompt, their texts if wanted in the answer, the model's name)."""
         body = read_body(data)
         check_model(body, self.names)
-        asked = parse(body, self.options.max_tokens)
-        if parse is parse_chat:
-            text = self.model.template.render(asked.prompt)  # type: ignore[arg-type]
-            tokens = self.model.tokenizer.encode(text, special=False)
+        asked = parse(body, self.options.max_tokens, self.defaults)
+        tokenizer = self.model.tokenizer
+        if asked.chat:
+            text = self.model.template.render(asked.messages, **asked.template)
+            prompts = [tokenizer.encode(text, special=False)]
         else:
-            tokens = self.model.encode(asked.prompt)  # type: ignore[arg-type]
-        if not tokens:
+            prompts = [self.model.encode(prompt) for prompt in asked.prompts]
+        if not all(prompts):
             raise BadRequest("The prompt has no tokens; give some text to go on from.")
-        return asked, array("I", tokens), body.get("model") or self.names[0]
+        echo = None
+        if asked.echo:
+            echo = [text if isinstance(text, str) else tokenizer.decode(text) for text in asked.prompts]
+        return asked, [array("I", ids) for ids in prompts], echo, body.get("model") or self.names[0]
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

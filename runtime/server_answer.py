@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from array import array
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -27,7 +27,8 @@ class Answer:
         self,
         model: Model,
         asked: Asked,
-        tokens: array,
+        prompts: Sequence[array],
+        echo: Sequence[str] | None,
         name: str,
         stall_seconds: float,
     ) -> None:
@@ -36,7 +37,7 @@ class Answer:
         self.signal = asyncio.Event()
         self.ended = False
         self.when_over: Callable[[], object] = lambda: None
-        self.job = Job(tokens, asked.request, lambda: _call(loop, self.signal.set))
+        self.job = Job(prompts, asked.request, lambda: _call(loop, self.signal.set), echo=echo)
         fingerprint = "lawcat-" + model.bundle.sha256[:12]
         logprobs = asked.request.logprobs is not None
         self.reply = Reply(model.tokenizer, name, fingerprint, asked.chat, logprobs)
@@ -57,7 +58,7 @@ class Answer:
             self.signal.clear()
             for piece in self.job.take():
                 yield piece
-                if piece.reason:
+                if self.job.is_last(piece):
                     return
             if self.ended:
                 yield Piece("", reason="cancelled")
@@ -76,10 +77,7 @@ class Answer:
             return error_response(last.text, 500)
         if last.reason == "cancelled":
             return error_response("The server is shutting down.", 503, code="shutting_down", retry_after=10)
-        text = "".join(piece.text for piece in pieces)
-        choices = [choice for piece in pieces for choice in piece.choices]
-        assert last.reason is not None
-        return JSONResponse(self.reply.whole(text, choices, last.reason, self.job))
+        return JSONResponse(self.reply.whole(pieces, self.job))
 
     def over(self) -> None:
         """The answer is written, or nobody is there to read it."""
@@ -103,9 +101,9 @@ class Answer:
                 return
             else:
                 if piece.text or piece.choices:
-                    yield sse(self.reply.piece(piece.text, piece.choices))
+                    yield sse(self.reply.piece(piece))
                 if piece.reason:
-                    yield sse(self.reply.last(piece.reason))
+                    yield sse(self.reply.last(piece))
         if self.asked.include_usage:
             yield sse(self.reply.usage(self.job))
         yield sse("[DONE]")

@@ -86,6 +86,39 @@ class Tokenizer:
         return self._engine.id_to_token(token_id) or ""
 
 
+class TokenTexts:
+    """What single tokens stand for where text goes before them: `▁the` is " the", and `the` is "the".
+
+    Decoded alone, a token would lose the space that some decoders strip at the very start of a text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        # Some token with a text of its own, to stand before.
+        known = (
+            ([token], tokenizer.decode([token])) if (token := _anchor(tokenizer)) is not None else ([], "")
+        )
+        self._before, self._text = known
+
+    def of(self, token: int) -> str:
+        text = self._tokenizer.decode([*self._before, token], skip_special=False)
+        if text.startswith(self._text):
+            return text[len(self._text) :]
+        return self._tokenizer.decode([token], skip_special=False)
+
+    def is_special(self, token: int) -> bool:
+        """Whether it is no part of a text."""
+        return not self._tokenizer.decode([*self._before, token])[len(self._text) :]
+
+
+def _anchor(tokenizer: Tokenizer) -> int | None:
+    for text in ("a", "e", ".", "1"):
+        ids = tokenizer.encode(text, special=False)
+        if ids and (written := tokenizer.decode(ids[-1:])) and _BROKEN not in written:
+            return ids[-1]
+    return None
+
+
 class Detokenizer:
     """Turns a stream of tokens into a stream of text; the parts joined equal the text of all tokens.
 
