@@ -43,6 +43,15 @@ class Running:
         connection.close()
         return response.status, {k.lower(): v for k, v in response.getheaders()}, json.loads(data)
 
+    def preflight(self, headers: dict[str, str]) -> tuple[int, dict[str, str]]:
+        """(status, headers) of what a browser asks before a web page's request."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        connection.request("OPTIONS", "/v1/chat/completions", None, headers)
+        response = connection.getresponse()
+        response.read()
+        connection.close()
+        return response.status, {k.lower(): v for k, v in response.getheaders()}
+
     def health(self) -> dict[str, Any]:
         return self.raw("GET", "/health")[2]
 
