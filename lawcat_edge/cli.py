@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import importlib
-import io
 import os
 import re
 import sys
@@ -21,6 +20,7 @@ from typer.main import get_command_from_info
 from typer.models import CommandInfo
 
 from lawcat_edge import __version__
+from lawcat_edge.commands.output import write_any_text
 from lawcat_edge.runtime.errors import LawcatError
 
 INTERRUPTED = 130
@@ -94,16 +94,6 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit."""
     write_any_text(sys.stdout, sys.stderr)
     sys.exit(run(arguments))
-
-
-def write_any_text(*streams: Any) -> None:
-    """Let streams write what their encoding lacks as escapes (an emoji as \\U0001f600), not end in a traceback.
-
-    What a command's output is redirected to on Windows, or runs under the C locale, is often cp1252 or ASCII.
-    """
-    for stream in streams:
-        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
-            stream.reconfigure(errors="backslashreplace")
 
 
 def run(arguments: list[str] | None = None, environment: Mapping[str, str] = os.environ) -> int:

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from lawcat_edge.export.extras import copy_tokenizer, token_ids
 from lawcat_edge.runtime import LawcatError, Model
+from lawcat_edge.runtime.sampling import sampling_defaults
 from lawcat_edge.runtime.template import ChatTemplate
 from lawcat_edge.runtime.text import special_tokens
 
@@ -131,3 +132,17 @@ def test_a_bundle_ends_where_its_tokenizer_ends(tmp_path: Path) -> None:
     theirs = AutoTokenizer.from_pretrained(folder)
     expected = theirs.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
     assert loaded.template.render(CHAT) == expected
+
+
+def test_a_bundle_samples_by_default_as_its_teacher_says(tmp_path: Path) -> None:
+    settings = {
+        "temperature": 0.6, "top_k": 20, "top_p": 0.95, "min_p": 0.05, "repetition_penalty": 1.1,
+        "do_sample": True, "eos_token_id": [2, 4], "transformers_version": "5.0.0",
+    }  # fmt: skip
+    folder = make_folder(tmp_path / "teacher", {}, None, settings)
+    (tmp_path / "bundle").mkdir()
+    copy_tokenizer(folder, tmp_path / "bundle")
+    theirs = GenerationConfig.from_pretrained(folder)
+    ours = sampling_defaults(json.loads((tmp_path / "bundle" / "generation_config.json").read_text()), 0.0)
+    for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty"):
+        assert getattr(ours, name) == getattr(theirs, name)

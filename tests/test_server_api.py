@@ -83,8 +83,8 @@ def test_a_field_that_would_change_the_answer_is_refused_by_name(name: str) -> N
     "harmless",
     [
         {"grammar": None}, {"min_tokens": 0}, {"stop_token_ids": []}, {"typical_p": 1.0},
-        {"cache_prompt": False}, {"length_penalty": 1.0}, {"use_beam_search": False}, {"modalities": ["text"]},
-        {"n": 1.0}, {"function_call": "none"}, {"parallel_tool_calls": True},
+        {"cache_prompt": False}, {"length_penalty": 1.0}, {"use_beam_search": False},
+        {"modalities": ["text"]}, {"n": 1.0}, {"function_call": "none"}, {"parallel_tool_calls": True},
     ],
 )  # fmt: skip
 def test_a_field_that_asks_for_nothing_is_taken(harmless: dict[str, Any]) -> None:
