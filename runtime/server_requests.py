@@ -137,9 +137,9 @@ def parse_chat(body: dict[str, Any], max_tokens: int, defaults: SamplingOptions 
 def parse_completion(body: dict[str, Any], max_tokens: int, defaults: SamplingOptions = PLAIN) -> Asked:
     """Check a request to /v1/completions; see ``parse_chat``."""
     _refuse_unsupported(body)
-    prompts = body.get("prompt")
-    several = isinstance(prompts, list) and bool(prompts) and isinstance(prompts[0], (str, list))
-    prompts = prompts if several else [prompts]
+    given = body.get("prompt")
+    several = isinstance(given, list) and given and isinstance(given[0], (str, list))
+    prompts: list[Any] = given if several else [given]  # type: ignore[assignment]
     if len(prompts) > MAX_PROMPTS:
         raise BadRequest(f"prompt must be at most {MAX_PROMPTS:,} texts.", "prompt")
     for prompt in prompts:

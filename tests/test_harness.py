@@ -29,7 +29,7 @@ QUESTIONS = [
     ("Which of these is wet?", ["a stone in the sun", "the sea"], 1),
     ("What do gulls eat?", ["iron", "fish", "paper", "glass"], 1),
 ]
-TASKS = {
+TASKS: dict[str, dict[str, Any]] = {
     "word_at_the_end": {
         "output_type": "loglikelihood", "doc_to_text": "{{text}}", "doc_to_target": "{{word}}",
         "metric_list": [{"metric": "perplexity"}, {"metric": "acc"}],
@@ -44,7 +44,7 @@ TASKS = {
 
 def write_tasks(folder: Path) -> Path:
     """The tasks and their data, and the tokenizer that the harness cuts texts with."""
-    rows = {
+    rows: dict[str, list[dict[str, Any]]] = {
         "word_at_the_end": [{"text": text, "word": word} for text, word in STORIES],
         "questions": [{"question": q, "choices": c, "answer": a} for q, c, a in QUESTIONS],
     }

@@ -230,7 +230,7 @@ def test_several_prompts_are_answered_each_as_alone(server: Running, model: Mode
     assert answer["usage"]["prompt_tokens"] == sum(map(len, ids))
     assert answer["usage"]["completion_tokens"] == 36
     texts: dict[int, str] = {}
-    ends = {}
+    ends: dict[int, Any] = {}
     client = server.client()
     for chunk in client.completions.create(
         model="tiny",
@@ -292,7 +292,7 @@ def test_the_end_token_is_scored_too_where_the_prompt_is(tmp_path: Path, model: 
 
 
 def test_the_bundles_generation_config_gives_the_defaults(tmp_path: Path, model: Model) -> None:
-    settings = {"temperature": 0.6, "top_k": 3, "top_p": 0.9, "repetition_penalty": 1.3}
+    settings: dict[str, Any] = {"temperature": 0.6, "top_k": 3, "top_p": 0.9, "repetition_penalty": 1.3}
     folder = build_tiny_bundle(tmp_path / "set", generation=settings)
     options: Any = {"max_new_tokens": 16, "ignore_eos": True, "seed": 5}
     with running(folder) as found:

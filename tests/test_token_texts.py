@@ -34,10 +34,10 @@ def sentencepiece_like(modern: bool = False) -> Engine:
         add(letter)
     for word in WORDS:
         for text in ("▁" + word, word):
-            for end in range(2, len(text) + 1):
-                add(text[:end])
-                if (text[: end - 1], text[end - 1]) not in merges:
-                    merges.append((text[: end - 1], text[end - 1]))
+            for size in range(2, len(text) + 1):
+                add(text[:size])
+                if (text[: size - 1], text[size - 1]) not in merges:
+                    merges.append((text[: size - 1], text[size - 1]))
     for byte in "é".encode():
         add(f"<0x{byte:02X}>")
     for number in range((V - len(vocabulary)) // 2):  # as many as the bundle has room for
@@ -46,8 +46,7 @@ def sentencepiece_like(modern: bool = False) -> Engine:
     engine = Engine(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     if modern:
         engine.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-        end: Any = decoders.Metaspace(prepend_scheme="first", split=False)
-        engine.decoder = end
+        engine.decoder = decoders.Metaspace(prepend_scheme="first", split=False)
     else:
         engine.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
         engine.decoder = decoders.Sequence(
