@@ -23,6 +23,7 @@ from typer.main import get_command_from_info
 from typer.models import CommandInfo
 
 from lawcat_edge import __version__
+from lawcat_edge.commands.output import write_any_text
 from lawcat_edge.runtime.errors import LawcatError
 
 INTERRUPTED = 130
@@ -123,6 +124,7 @@ def root(
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit."""
+    write_any_text(sys.stdout, sys.stderr)
     sys.exit(run(arguments))
 
 

@@ -282,6 +282,8 @@ def _from_hub(name: str) -> Teacher:
         config = Path(str(cached_file(name, "config.json", **only)))
         _geometry(config)  # refuses an unsupported family before its weights are fetched
         AutoTokenizer.from_pretrained(name, trust_remote_code=False, **only)
+        # may name end tokens that config.json does not
+        cached_file(name, "generation_config.json", _raise_exceptions_for_missing_entries=False, **only)
         index = cached_file(name, INDEX, _raise_exceptions_for_missing_entries=False, **only)
         shards = ["model.safetensors"]
         if index:

@@ -162,3 +162,19 @@ def test_bench_measures_every_context(bundle: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("command", ["generate", "chat", "info", "verify", "bench"])
 def test_every_help_has_examples(command: str) -> None:
     assert f"lawcat-edge {command} bundle" in " ".join(run(command, "--help").stdout.split())
+
+
+def test_chat_takes_the_bundles_sampling_values_where_no_option_says_one(tmp_path: Path) -> None:
+    from lawcat_edge.runtime import Model
+
+    settings = {"temperature": 0.8, "top_k": 5, "repetition_penalty": 1.2, "do_sample": True}
+    folder = build_tiny_bundle(tmp_path / "bundle", generation=settings, eos=[])
+    values: Any = {"temperature": 0.8, "top_k": 5, "repetition_penalty": 1.2, "seed": 4, "max_new_tokens": 12}
+    for options, changed in (
+        ((), {}),
+        (("--temperature", "0"), {"temperature": 0.0}),
+        (("--top-k", "0"), {"top_k": 0}),
+    ):
+        expected = Model.load(folder, threads=1).chat("Hi", **{**values, **changed}).text
+        result = run("chat", str(folder), "--seed", "4", "--max-new-tokens", "12", *options, stdin="Hi\n")
+        assert result.stdout == expected + "\n"

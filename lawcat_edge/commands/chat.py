@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,16 +21,22 @@ def chat(
     model: Annotated[str, typer.Argument(help="Bundle folder.")],
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 512,
-    temperature: Annotated[float, typer.Option(help="0 always takes the most likely token.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Keep the k most likely tokens (0: all).")] = 0,
-    top_p: Annotated[float, typer.Option(help="Keep the fewest tokens of this total probability.")] = 1.0,
-    min_p: Annotated[float, typer.Option(help="Drop tokens less likely than this times the best.")] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1 discourages repeating.")] = 1.0,
+    temperature: Annotated[float | None, typer.Option(help="0 always takes the most likely token.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Keep the k most likely tokens (0: all).")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Keep the fewest tokens of this total probability.")
+    ] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="Drop tokens less likely than this times the best.")
+    ] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1 discourages repeating.")] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same answers.")] = None,
     load_snapshot: Annotated[Path | None, typer.Option(help="Go on with this saved conversation.")] = None,
     threads: Annotated[int | None, typer.Option(help="Processor threads; default: physical cores.")] = None,
 ) -> None:
     """Talk with MODEL. The state keeps its size however long the conversation gets.
+
+    How tokens are chosen is for the bundle's generation_config.json where no option says it.
 
     In the conversation: /save FILE, /load FILE, /reset, /stats, /exit; // says a line that begins with /.
 
@@ -45,10 +52,12 @@ def chat(
     assert loaded.template is not None  # says at once when the bundle has none
     if load_snapshot:
         loaded.restore(load_snapshot)
-    options = {
-        "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p,
-        "min_p": min_p, "repetition_penalty": repetition_penalty, "seed": seed,
+    given = {
+        "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
+        "repetition_penalty": repetition_penalty, "seed": seed,
     }  # fmt: skip
+    chosen = {name: value for name, value in given.items() if value is not None}
+    options = {"max_new_tokens": max_new_tokens, **asdict(loaded.sampling_defaults()), **chosen}
     print(f"{loaded.bundle.manifest.name}: {HELP}", file=sys.stderr)
     _Conversation(loaded, system, options).run()
 

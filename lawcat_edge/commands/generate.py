@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lawcat_edge.commands.output import dump_json
 from lawcat_edge.runtime.errors import LawcatError
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def generate(
         if save_snapshot:
             loaded.snapshot(save_snapshot)
             result["snapshot"] = str(save_snapshot)
-        print(json.dumps(result, ensure_ascii=False))
+        print(dump_json(result))
         return
     for text in running:
         print(text, end="", flush=True)

@@ -62,7 +62,7 @@ class ChatForm:
 
     @cached_property
     def template(self) -> ChatTemplate:
-        return ChatTemplate(self.source, eos=self.end)
+        return ChatTemplate(self.source, {"bos_token": "", "eos_token": self.end})
 
     def write(self, messages: list[dict[str, Any]]) -> str:
         return self.template.render(messages, add_generation_prompt=False)
