@@ -76,20 +76,19 @@ def in_turns(engine: Engine, states: list[State], ids: np.ndarray, turns: int) -
 
 
 def put(source: State, target: State) -> State:
-    """`target`, now a copy of `source`; nothing is allocated, so a mark leaves no trace in the memory."""
-    for mine, theirs in zip(source.arrays, target.arrays, strict=True):
-        theirs[...] = mine
-    target.position = source.position
+    """`target`, now a copy of `source`, in the arrays that it has where these are long enough."""
+    target.load(source.tensors_of(), source.position)
     return target
 
 
 def about(state: State) -> dict[str, Any]:
     """Whether all of the state is finite, and its largest magnitude by kind of tensor."""
     largest: dict[str, float] = {}
-    for tensor, values in zip(state.tensors, state.arrays, strict=True):
+    kept = state.tensors_of()
+    for tensor, values in zip(state.tensors, kept, strict=True):
         kind = tensor.input.rpartition(".")[2]
-        largest[kind] = max(largest.get(kind, 0.0), float(np.abs(values).max()))
-    return {"finite": all(np.isfinite(values).all() for values in state.arrays), "largest": largest}
+        largest[kind] = max(largest.get(kind, 0.0), float(np.abs(values).max(initial=0.0)))
+    return {"finite": all(np.isfinite(values).all() for values in kept), "largest": largest}
 
 
 def look(

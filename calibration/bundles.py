@@ -131,6 +131,6 @@ def _sizes(bundle: Bundle) -> dict[str, Any]:
     return {
         "bytes": bundle.bytes_on_disk,
         "weight_bytes": sum(data),
-        "state_bytes": bundle.manifest.state_bytes,
+        "state_bytes": bundle.manifest.state_bytes(),
         "bundle_sha256": bundle.sha256,
     }

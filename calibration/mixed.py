@@ -16,7 +16,7 @@ from lawcat_edge.config import LawcatConfig
 from lawcat_edge.export.products import same_table
 from lawcat_edge.export.rotation import turn
 from lawcat_edge.export.schemes import PRODUCTS, Product, Scheme
-from lawcat_edge.export.step import Widths
+from lawcat_edge.export.step import layer_module
 from lawcat_edge.families import Geometry
 from lawcat_edge.runtime.errors import LawcatError
 
@@ -39,17 +39,12 @@ class Sizes:
 
     def of(self, scheme: Scheme) -> int:
         g = self.geometry
-        shapes = {
-            "qkv": (Widths.of(g, self.config).total, g.hidden_size),
-            "o": (g.hidden_size, g.query_width),
-            "gate_up": (2 * g.intermediate_size, g.hidden_size),
-            "down": (g.hidden_size, g.intermediate_size),
-        }
         table = (g.vocab_size, g.hidden_size)
+        kinds = {full: layer_module(g, self.config, full).shapes() for full in (False, True)}
         total = sum(
-            _bytes(scheme.product(name, i), *shape)
+            _bytes(scheme.product(name, i), *kinds[self.config.full_attention(i)][f"{name}.weight"])
             for i in range(g.num_layers)
-            for name, shape in shapes.items()
+            for name in ("qkv", "o", "gate_up", "down")
         )
         head, embedding = scheme.products["head"], scheme.embedding.fitted(g.hidden_size)
         if g.tie_embeddings:
@@ -59,7 +54,8 @@ class Sizes:
             total += _bytes(head, *table)
         if scheme.rotate and g.tie_embeddings:
             total += (4 if head.kind == "fp32" else 2) * g.hidden_size**2
-        own = turn(g.intermediate_size) if scheme.rotate else None
+        turned = any(scheme.turns_down(i) for i in range(g.num_layers))
+        own = turn(g.intermediate_size) if turned else None
         return self.rest + total + (own.nbytes if own is not None else 0)
 
 

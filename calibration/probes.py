@@ -12,6 +12,7 @@ import numpy as np
 from lawcat_edge.runtime import rotary
 from lawcat_edge.runtime.bundle import Bundle
 from lawcat_edge.runtime.errors import LawcatError
+from lawcat_edge.runtime.state import State
 
 _PRODUCT = re.compile(r"(layers\.\d+/(?:qkv|o|gate_up|down)|head)")
 
@@ -66,7 +67,8 @@ class Probed:
         self.session = onnxruntime.InferenceSession(
             model.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
-        self.inputs = {item.name for item in self.session.get_inputs()}
+        rotated = self.manifest.rotary
+        self.frequencies = rotary.inverse_frequencies(self.manifest.geometry) if rotated else None
         self.outputs = [item.name for item in self.session.get_outputs()]
         self.states = {
             tensor.output: f"state.{i}"
@@ -75,24 +77,16 @@ class Probed:
         if only is None:
             self.probes |= self.states
 
-    def empty_state(self) -> dict[str, np.ndarray]:
-        return {t.input: np.zeros((1, *t.shape), np.float32) for t in self.manifest.state}
+    def empty_state(self) -> State:
+        tensors = self.manifest.state
+        return State(tensors, [False] * len(tensors), 1, self.manifest.spans)
 
-    def run(
-        self, ids: np.ndarray, state: dict[str, np.ndarray], position: int
-    ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """ids [1,T] -> (what was seen by name, the state after)."""
-        feeds: dict[str, np.ndarray] = {"input_ids": ids, **state}
-        if "window_fill" in self.inputs:
-            feeds["window_fill"] = np.array([min(position, self.manifest.window - 1)], np.int64)
-        if "rotary_cos" in self.inputs:
-            frequencies = rotary.inverse_frequencies(self.manifest.geometry)
-            angle = rotary.angles(frequencies, position, ids.shape[1])
-            feeds["rotary_cos"] = np.cos(angle).astype(np.float32)
-            feeds["rotary_sin"] = np.sin(angle).astype(np.float32)
-        found = dict(zip(self.outputs, self.session.run(self.outputs, feeds), strict=True))
-        after = {tensor.input: found[tensor.output] for tensor in self.manifest.state}
-        return {name: found[tensor] for tensor, name in self.probes.items()}, after
+    def run(self, ids: np.ndarray, state: State) -> dict[str, np.ndarray]:
+        """ids [1,T] -> what was seen by name; the state goes on."""
+        found = self.session.run(self.outputs, state.feeds(ids, self.frequencies))
+        seen = dict(zip(self.outputs, found, strict=True))
+        state.take(seen, ids.shape[1])
+        return {name: seen[tensor] for tensor, name in self.probes.items()}
 
     def read(self, texts: np.ndarray, chunk: int, keep_state: bool = True) -> Iterator[Seen]:
         """Texts int [n,T], each from an empty state, in chunks that carry the state on (or do not)."""
@@ -102,5 +96,4 @@ class Probed:
                 if not keep_state:
                     state = self.empty_state()
                 ids = row[None, start : start + chunk].astype(np.int64)
-                tensors, state = self.run(ids, state, start if keep_state else 0)
-                yield Seen(number, start, ids.shape[1], tensors)
+                yield Seen(number, start, ids.shape[1], self.run(ids, state))

@@ -23,16 +23,17 @@ from lawcat_edge.export.extras import copy_tokenizer, token_ids
 from lawcat_edge.export.flavours import rewrite
 from lawcat_edge.export.layout import Layout, RounderOf
 from lawcat_edge.export.schemes import PRODUCTS, Scheme, load_scheme
-from lawcat_edge.export.stitch import stitch
-from lawcat_edge.export.trace import trace_layer, trace_window
+from lawcat_edge.export.stitch import SLOTS, stitch
+from lawcat_edge.export.trace import trace_layer
 from lawcat_edge.export.verify import Agreement, Reference, verify_folder
 from lawcat_edge.export.writer import DATA, JOURNAL, DataWriter
 from lawcat_edge.families import Geometry
 from lawcat_edge.parameters import initial_tensors, parameter_shapes
-from lawcat_edge.runtime.bundle import MANIFEST, Manifest, expected_state, write_manifest
+from lawcat_edge.runtime.bundle import MANIFEST, Manifest, expected_spans, expected_state, write_manifest
 from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.runtime.files import FileLock, atomic_folder, write_json
 from lawcat_edge.runtime.signature import SIGNATURE, sign
+from lawcat_edge.runtime.state import slack
 from lawcat_edge.weights import MergedWeights, WeightSource, check_shapes
 
 FLAVOURS = ("ort", "onnx", "portable")
@@ -86,6 +87,11 @@ def export_bundle(
             raise LawcatError(f"Unknown operators {op!r}; choose from {', '.join(FLAVOURS)}.")
     if ort_format:
         mobile.ort_flavour(ops)  # before the slow steps
+    if "ort" in ops and geometry.head_dim % 16 and expected_spans(geometry.to_dict(), config.to_dict()):
+        raise LawcatError(
+            f"onnxruntime's attention takes heads whose width is a multiple of 16, not {geometry.head_dim}; "
+            "export with --ops portable."
+        )
     check_shapes(weights, geometry)
     tensors = initial_tensors(geometry, config) if adapter is None else adapter.tensors
     check_adapter(tensors, geometry, config)
@@ -161,7 +167,7 @@ def export_bundle(
         "bytes": sum(sizes.values()),
         "files": sizes,
         "nodes_per_layer": nodes,
-        "state_bytes": manifest.state_bytes,
+        "state_bytes": manifest.state_bytes(),
         "seconds": round(time.perf_counter() - begun, 2),
         "parity": {
             flavour: asdict(agreement) if agreement else None for flavour, agreement in measured.items()
@@ -202,24 +208,33 @@ def _write_graphs(
     layout: Layout, folder: Path, tensors: Mapping[str, ir.ExternalTensor], ops: Sequence[str]
 ) -> dict[str, float]:
     """The graphs of every flavour; returns the mean number of nodes a layer of each."""
-    layer = trace_layer(layout.geometry, layout.config)
-    window = trace_window(layout.geometry, layout.config) if layout.config.window else None
+    kinds = {layout.config.full_attention(i) for i in range(layout.geometry.num_layers)}
+    layers = {full: trace_layer(layout.geometry, layout.config, full) for full in kinds}
     counts = {}
     for kind in ("last", "all"):
-        model = stitch(layout, tensors, layer, window, all_positions=kind == "all")
+        model = stitch(layout, tensors, layers, all_positions=kind == "all")
         for flavour in ops:
             variant = model if flavour == "ort" else rewrite(model, flavour, tensors)
             ir.save(variant, folder / graph_files(flavour)[kind])
-            layers = sum((node.name or "").startswith("layers.") for node in variant.graph)
-            counts[flavour] = round(layers / layout.geometry.num_layers, 2)
+            nodes = sum((node.name or "").startswith("layers.") for node in variant.graph)
+            counts[flavour] = round(nodes / layout.geometry.num_layers, 2)
         if kind == "last" and "portable" in ops:
             for name, tokens in (("step", 1), ("chunk", CHUNK)):
-                ir.save(rewrite(model, "portable", tensors, tokens), folder / graph_files("portable")[name])
-        if kind == "last" and genai.needs_own_graph(layout.config):
-            best = genai_flavour(ops)
-            variant = model if best == "ort" else rewrite(model, best, tensors)
-            ir.save(genai.adapt(variant, layout.geometry, layout.config), folder / genai.GRAPH)
+                fixed = fixed_sizes(layout.geometry, layout.config, tokens)
+                ir.save(rewrite(model, "portable", tensors, fixed), folder / graph_files("portable")[name])
+    if genai.needs_own_graph(layout.config):
+        best = genai_flavour(ops)
+        interface = genai.GenaiInterface(layout, best)
+        model = stitch(layout, tensors, layers, all_positions=False, interface=interface)
+        ir.save(model if best == "ort" else rewrite(model, best, tensors), folder / genai.GRAPH)
     return counts
+
+
+def fixed_sizes(geometry: Geometry, config: LawcatConfig, tokens: int) -> dict[str, int]:
+    """Sizes of a graph without dynamic shapes, by the names of the dimensions."""
+    spans = expected_spans(geometry.to_dict(), config.to_dict())
+    slots = {SLOTS[name]: span - 1 + max(tokens, slack(span)) for name, span in spans.items()}
+    return {"B": 1, "T": tokens, **slots, "R": max(tokens, *slots.values(), 1)}
 
 
 def genai_flavour(ops: Sequence[str]) -> str:

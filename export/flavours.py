@@ -25,29 +25,32 @@ Values = list[ir.Value | None]
 
 
 def rewrite(
-    model: ir.Model, flavour: str, tensors: Mapping[str, ir.ExternalTensor], tokens: int | None = None
+    model: ir.Model,
+    flavour: str,
+    tensors: Mapping[str, ir.ExternalTensor],
+    fixed: Mapping[str, int] | None = None,
 ) -> ir.Model:
-    """A new model in the operators of ``flavour``; ``tokens`` fixes B = 1 and T = tokens."""
-    rewriter = _Rewriter(GraphBuilder(tensors), flavour, tokens)
-    return rewriter.run(model)
+    """A new model in the operators of ``flavour``; ``fixed``: sizes of dimensions that are named in it."""
+    return _Rewriter(GraphBuilder(tensors), flavour, fixed or {}).run(model)
 
 
 class _Rewriter:
     """One pass over the nodes. A rule is a method ``on_<operator>``; other nodes are copied."""
 
-    def __init__(self, g: GraphBuilder, flavour: str, tokens: int | None) -> None:
-        self.g, self.flavour, self.tokens = g, flavour, tokens
+    def __init__(self, g: GraphBuilder, flavour: str, fixed: Mapping[str, int]) -> None:
+        self.g, self.flavour, self.fixed, self.tokens = g, flavour, fixed, fixed.get("T")
         self.values: dict[ir.Value, ir.Value] = {}
         self._mask: tuple[ir.Value, ir.Value] | None = None
+        self._common: dict[tuple[Any, ...], ir.Value] = {}
+        self._grouped: dict[Any, int] = {}  # weights [B,G,nT,C] and their heads
 
     def run(self, model: ir.Model) -> ir.Model:
         g = self.g
-        fixed = {} if self.tokens is None else {"B": 1, "T": self.tokens}
 
         def shape_of(value: ir.Value) -> list[int | str]:
             assert value.shape is not None
             names = [dim if isinstance(dim, int) else str(dim.value) for dim in value.shape]
-            return [fixed.get(dim, dim) if isinstance(dim, str) else dim for dim in names]
+            return [self.fixed.get(dim, dim) if isinstance(dim, str) else dim for dim in names]
 
         for value in model.graph.inputs:
             assert value.dtype is not None
@@ -194,49 +197,161 @@ class _Rewriter:
         assert attributes == {"alpha": 1.0}
         return [self._do("Mul", [own[0], self._do("Sigmoid", own, path, "sigmoid")], path, "silu")]
 
-    # -- the window -----------------------------------------------------------------------------------------
+    # -- softmax attention -----------------------------------------------------------------------------------
 
     def on_RotaryEmbedding(self, own: Values, attributes: dict[str, Any], path: str) -> list[ir.Value]:  # noqa: N802
-        x, _, cos, sin = own
-        heads, size = attributes["num_heads"], attributes["rotary_embedding_dim"]
-        do = self._do
-        x4 = do("Reshape", [x, self._ints(0, 0, heads, size)], path, "heads")
-        halves = do("Split", [x4, self._ints(size // 2, size // 2)], path, "halves", outputs=2, axis=3)
-        c, s = (
-            do("Unsqueeze", [table, self._ints(1)], path, name) for table, name in ((cos, "c"), (sin, "s"))
-        )
+        x, positions, cos, sin = own
+        return [self._rotated(x, attributes["num_heads"], (cos, sin, positions), path)]
+
+    def _rotated(self, x: ir.Value | None, heads: int, tables: tuple[Any, Any, Any], path: str) -> ir.Value:
+        """x [B,T,heads d], turned by the rows of the tables cos and sin that positions name."""
+        do, (cos, sin, positions) = self._do, tables
+        if self.flavour == "onnx":
+            return do("RotaryEmbedding", [x, cos, sin, positions], path, "turned", num_heads=heads)
+        x4 = do("Reshape", [x, self._ints(0, 0, heads, -1)], path, "heads")
+        half = _shape(cos)[1]
+        halves = do("Split", [x4, self._ints(half, half)], path, "halves", outputs=2, axis=3)
+        c, s = (self._shared(self._table, table, positions) for table in (cos, sin))
         turned = [
             do(op, [do("Mul", [near, c], path, f"{op}c"), do("Mul", [far, s], path, f"{op}s")], path, op)
             for op, near, far in (("Sub", *halves), ("Add", *halves[::-1]))
         ]
-        joined = do("Concat", turned, path, "joined", axis=3)
-        return [do("Reshape", [joined, self._ints(0, 0, heads * size)], path, "turned")]
-
-    def on_Attention(self, own: Values, attributes: dict[str, Any], path: str) -> list[ir.Value] | None:  # noqa: N802
-        if self.flavour == "onnx":
-            return None
-        q, k, v, mask, *past = own
-        do, heads = self._do, attributes["kv_num_heads"]
-        apart = [
-            do("Reshape", [x, self._ints(0, 0, heads, -1)], path, f"{n}4")
-            for x, n in ((q, "q"), (k, "k"), (v, "v"))
-        ]
-        q, k, v = (
-            do("Transpose", [x], path, n, perm=[0, 2, 1, 3]) for x, n in zip(apart, "qkv", strict=True)
+        return do(
+            "Reshape", [do("Concat", turned, path, "joined", axis=3), self._ints(0, 0, -1)], path, "turned"
         )
-        if past:
-            k, v = (
-                do("Concat", [old, new], path, name, axis=2)
-                for old, new, name in ((past[0], k, "keys"), (past[1], v, "values"))
+
+    def on_GroupQueryAttention(  # noqa: N802
+        self, own: Values, attributes: dict[str, Any], path: str
+    ) -> list[ir.Value]:
+        q, k, v, key, value, seqlens, _, cos, sin, positions = own
+        do, H, G = self._do, attributes["num_heads"], attributes["kv_num_heads"]
+        d, n, span = _shape(key)[3], H // G, attributes["local_window_size"]
+        if k is None:
+            q, k, v = do("Split", [q, self._ints(H * d, G * d, G * d)], path, "qkv", outputs=3, axis=2)
+        q, k = (
+            self._rotated(x, heads, (cos, sin, positions), f"{path}/{name}")
+            for x, heads, name in ((q, H, "q"), (k, G, "k"))
+        )
+        rows = [
+            do(
+                "Transpose",
+                [do("Reshape", [x, self._ints(0, 0, G, d)], path, f"{name}4")],
+                path,
+                name,
+                perm=[0, 2, 1, 3],
             )
-        scaled = do("Mul", [q, self._float(attributes["scale"])], path, "scaled")
-        scores = do("MatMul", [scaled, do("Transpose", [k], path, "kT", perm=[0, 1, 3, 2])], path, "scores")
-        weights = do("Softmax", [do("Add", [scores, mask], path, "masked")], path, "weights", axis=-1)
-        out = do("Transpose", [do("MatMul", [weights, v], path, "read")], path, "rows", perm=[0, 2, 1, 3])
-        out = do("Reshape", [out, self._ints(0, 0, -1)], path, "out")
-        assert isinstance(k, ir.Value)
-        assert isinstance(v, ir.Value)
-        return [out, k, v, weights]
+            for x, name in ((k, "new_key"), (v, "new_value"))
+        ]
+        key, value = (
+            self._written(old, new, seqlens, f"{path}/{name}")
+            for old, new, name in ((key, rows[0], "key"), (value, rows[1], "value"))
+        )
+        mask = self._shared(self._visible, seqlens, key, span)
+        if self.flavour == "onnx":
+            q = do("Reshape", [q, self._ints(0, 0, H, d)], path, "q4")
+            q = do("Transpose", [q], path, "queries", perm=[0, 2, 1, 3])
+            scaled = "qk_output" in attributes  # then the weights are asked for
+            extra: dict[str, Any] = {"qk_matmul_output_mode": 3} if scaled else {}
+            made = self.g.node(
+                "Attention",
+                [q, key, value, mask],
+                f"{path}/read",
+                outputs=4 if scaled else 1,
+                scale=attributes["scale"],
+                **extra,
+            )
+            out = made[0] if scaled else made
+            out = do("Transpose", [out], path, "rows", perm=[0, 2, 1, 3])
+            out = do("Reshape", [out, self._ints(0, 0, H * d)], path, "out")
+            return [out, key, value, *([made[3]] if scaled else [])]
+        # heads that share keys are rows beside each other: [B,G,nT,d]
+        q = do("Reshape", [q, self._ints(0, 0, G, n, d)], path, "q5")
+        q = do("Transpose", [q], path, "queries5", perm=[0, 2, 3, 1, 4])
+        q = do("Reshape", [q, self._ints(0, 0, -1, d)], path, "queries")
+        q = do("Mul", [q, self._float(attributes["scale"])], path, "scaled")
+        scores = do("MatMul", [q, do("Transpose", [key], path, "keyT", perm=[0, 1, 3, 2])], path, "scores")
+        tiled = mask if n == 1 else self._shared(self._tiled, mask, n)
+        weights = do("Softmax", [do("Add", [scores, tiled], path, "masked")], path, "weights", axis=-1)
+        out = do("MatMul", [weights, value], path, "read")
+        out = do("Reshape", [out, self._ints(0, 0, n, -1, d)], path, "heads5")
+        out = do("Transpose", [out], path, "rows", perm=[0, 3, 1, 2, 4])
+        self._grouped[weights] = H
+        return [do("Reshape", [out, self._ints(0, 0, H * d)], path, "out"), key, value, weights]
+
+    def _written(self, old: Any, new: ir.Value, seqlens: Any, path: str) -> ir.Value:
+        """The buffer old [B,G,C,d] with the rows new [B,G,T,d] in the slots that end with seqlens."""
+        if self.flavour == "onnx":
+            first = self._shared(self._first, seqlens)
+            after = self._do("TensorScatter", [old, new, first], path, "written", axis=2)
+        else:
+            index = self._shared(self._index, seqlens, new, tuple(_shape(old)[1::2]))
+            after = self._do("ScatterElements", [old, index, new], path, "written", axis=2)
+        return after
+
+    def _shared(self, make: Callable[..., ir.Value], *inputs: Any) -> ir.Value:
+        """What all layers have in common, made once."""
+        apart = [x for x in inputs if not (make == self._index and x is inputs[1])]  # the new rows of a layer
+        if make == self._visible:
+            apart = [inputs[0], inputs[2]]  # any layer's buffer tells the number of slots
+        key = (make.__name__, *apart)
+        if key not in self._common:
+            self._common[key] = make(*inputs)
+        return self._common[key]
+
+    def _tokens(self) -> ir.Value:
+        """T, as [1]."""
+        shape = self._do("Shape", [self.g.inputs[0]], "tokens", "shape")
+        return self._do("Slice", [shape, self._ints(1), self._ints(2), self._ints(0)], "tokens", "T")
+
+    def _first(self, seqlens: ir.Value) -> ir.Value:
+        """The slot of the first new row, int64 [B]."""
+        path = f"{_name(seqlens)}/first"
+        last = self._do("Cast", [seqlens], path, "last", to=ir.DataType.INT64)
+        end = self._do("Add", [last, self._ints(1)], path, "end")
+        return self._do("Sub", [end, self._shared(self._tokens)], path, "slot")
+
+    def _slots(self, seqlens: ir.Value) -> ir.Value:
+        """The slot of every new row, int64 [B,T]."""
+        path = f"{_name(seqlens)}/slots"
+        tokens = self._do("Squeeze", [self._shared(self._tokens)], path, "T")
+        zero, one = (self.g.constant(np.array(i, np.int64)) for i in (0, 1))
+        steps = self._do("Range", [zero, tokens, one], path, "steps")
+        first = self._do("Unsqueeze", [self._shared(self._first, seqlens), self._ints(1)], path, "first")
+        return self._do("Add", [first, steps], path, "slot")
+
+    def _index(self, seqlens: ir.Value, new: ir.Value, sizes: tuple[int, int]) -> ir.Value:
+        """The slot of every number of the new rows, int64 [B,G,T,d]."""
+        path = f"{_name(seqlens)}/index"
+        slots = self._do("Unsqueeze", [self._shared(self._slots, seqlens), self._ints(1, 3)], path, "slots")
+        return self._do("Expand", [slots, self._do("Shape", [new], path, "shape")], path, "index")
+
+    def _visible(self, seqlens: ir.Value, key: ir.Value, span: int) -> ir.Value:
+        """0 where a token sees a slot, -inf elsewhere: [B,1,T,C]."""
+        path, do = f"{_name(seqlens)}/visible", self._do
+        slots = do("Unsqueeze", [self._shared(self._slots, seqlens), self._ints(1, 3)], path, "slots")
+        count = do(
+            "Gather",
+            [do("Shape", [key], path, "shape"), self.g.constant(np.array(2, np.int64))],
+            path,
+            "C",
+            axis=0,
+        )
+        zero, one = (self.g.constant(np.array(i, np.int64)) for i in (0, 1))
+        age = do("Sub", [slots, do("Range", [zero, count, one], path, "numbers")], path, "age")
+        inside = [
+            do("GreaterOrEqual", [age, zero], path, "past"),
+            do("Less", [age, self.g.constant(np.array(span, np.int64))], path, "near"),
+        ]
+        seen = do("And", inside, path, "seen")
+        return do("Where", [seen, self._float(0), self._float(-np.inf)], path, "mask")
+
+    def _tiled(self, mask: ir.Value, times: int) -> ir.Value:
+        return self._do("Tile", [mask, self._ints(1, 1, times, 1)], f"{_name(mask)}", "tiled")
+
+    def _table(self, table: ir.Value, positions: ir.Value) -> ir.Value:
+        """Its rows for the tokens, [B,T,1,d/2]."""
+        rows = self._do("Gather", [table, positions], f"{_name(table)}", "rows", axis=0)
+        return self._do("Unsqueeze", [rows, self._ints(2)], f"{_name(table)}", "heads")
 
     # -- what changed between opset 17 and 23 ----------------------------------------------------------------
 
@@ -249,11 +364,15 @@ class _Rewriter:
     def on_ReduceMax(self, own: Values, attributes: dict[str, Any], path: str) -> list[ir.Value] | None:  # noqa: N802
         if self.flavour == "onnx":
             return None
-        axes_input = own[1]
-        assert axes_input is not None
-        assert axes_input.const_value is not None
-        axes = [int(axis) for axis in axes_input.const_value.numpy().reshape(-1)]
-        return [self.g.node("ReduceMax", own[:1], path, axes=axes, keepdims=attributes["keepdims"])]
+        axes: dict[str, Any] = {}
+        if len(own) > 1:
+            assert own[1] is not None
+            assert own[1].const_value is not None
+            axes["axes"] = [int(axis) for axis in own[1].const_value.numpy().reshape(-1)]
+        top = self.g.node("ReduceMax", own[:1], path, keepdims=attributes["keepdims"], **axes)
+        if own[0] not in self._grouped:
+            return [top]
+        return [self._do("Reshape", [top, self._ints(0, self._grouped[own[0]], -1, 1)], path, "heads")]
 
     # -- the two operators of the layer ----------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from lawcat_edge.export import products
 from lawcat_edge.export.rotation import Rotation, head_turn, turn
 from lawcat_edge.export.rounding import Rounder
 from lawcat_edge.export.schemes import Product, Scheme
-from lawcat_edge.export.step import Widths, head_order
+from lawcat_edge.export.step import DecoderLayer, layer_module
 from lawcat_edge.export.writer import DataWriter
 from lawcat_edge.families import Geometry
 from lawcat_edge.runtime.errors import LawcatError
@@ -47,32 +47,39 @@ class Layout:
         """Of each head's values [d,d], undone by o."""
         return head_turn(self.geometry.head_dim) if self.scheme.rotate else None
 
+    def down_turn(self, layer: int) -> np.ndarray | None:
+        """Of each block of the input of a layer's ``down``, undone by its weights."""
+        return self._turn if self.scheme.turns_down(layer) else None
+
     @cached_property
-    def down_turn(self) -> np.ndarray | None:
-        """Of each block of down's input, undone by its weights."""
-        return turn(self.geometry.intermediate_size) if self.scheme.rotate else None
+    def _turn(self) -> np.ndarray | None:
+        return turn(self.geometry.intermediate_size)
 
     @property
     def head_transform(self) -> bool:
         """Whether a tied head needs the final norm's gains in the rotated basis as a product of its own."""
         return self.rotation is not None and self.geometry.tie_embeddings
 
-    def shape(self, product: str) -> tuple[int, int]:
-        """(N, K) of a product."""
-        g = self.geometry
-        return {
-            "qkv": (Widths.of(g, self.config).total, g.hidden_size),
-            "o": (g.hidden_size, g.query_width),
-            "gate_up": (2 * g.intermediate_size, g.hidden_size),
-            "down": (g.hidden_size, g.intermediate_size),
-            "head": (g.vocab_size, g.hidden_size),
-        }[product]
+    @cached_property
+    def _modules(self) -> dict[bool, DecoderLayer]:
+        return {full: layer_module(self.geometry, self.config, full) for full in (False, True)}
+
+    def module(self, layer: int) -> DecoderLayer:
+        """The step form of a layer, which says what is stored for it."""
+        return self._modules[self.config.full_attention(layer)]
+
+    def shape(self, product: str, layer: int | None = None) -> tuple[int, int]:
+        """(N, K) of a product of a layer, or of the head (None)."""
+        if layer is None:
+            return self.geometry.vocab_size, self.geometry.hidden_size
+        N, K = self.module(layer).shapes()[f"{product}.weight"]
+        return N, K
 
     def spec(self, product: str, layer: int | None = None) -> Product:
         """The scheme's product; that of a tied head has a block that suits the embedding."""
         spec, g = self.scheme.product(product, layer), self.geometry
         if spec.offsets:  # sums over blocks of the input leave no room for padding
-            spec = spec.fitted(self.shape(product)[1])
+            spec = spec.fitted(self.shape(product, layer)[1])
         return spec.fitted(g.hidden_size) if product == "head" and g.tie_embeddings else spec
 
     def rounder(self, path: str, spec: Product) -> Rounder | None:
@@ -87,8 +94,8 @@ class Layout:
     def shared_table(self) -> bool:
         return self.geometry.tie_embeddings and products.same_table(self.embedding_spec, self.spec("head"))
 
-    def has_bias(self, product: str) -> bool:
-        return product == "qkv" or (product == "gate_up" and self.geometry.mlp_bias)
+    def has_bias(self, product: str, layer: int) -> bool:
+        return f"{product}.bias" in self.module(layer).shapes()
 
     # -- storing ---------------------------------------------------------------------------------------------
 
@@ -114,46 +121,51 @@ class Layout:
         products.store(writer, spec, "head", rows, *self.shape("head"), self.rounder("head", spec))
 
     def store_layer(self, writer: DataWriter, i: int) -> None:
-        g, prefix = self.geometry, f"layers.{i}."
-        rows = {"qkv": self._qkv, "o": self._o, "gate_up": self._gate_up, "down": self._down}
-        for product, make in rows.items():
-            spec, shape = self.spec(product, i), self.shape(product)
+        prefix = f"layers.{i}."
+        for product, make in self._products.items():
+            spec, shape = self.spec(product, i), self.shape(product, i)
             rounder = self.rounder(f"layers.{i}/{product}", spec)
             products.store(writer, spec, prefix + product, make(i), *shape, rounder)
         for name, value in self._small(i).items():
             writer.array(prefix + name, _exact(np.ascontiguousarray(value, np.float32)))
-        last = i + 1 == g.num_layers
-        following = "model.norm.weight" if last else f"model.layers.{i + 1}.input_layernorm.weight"
-        writer.array(prefix + "norm_next", self._gain(following))
+
+    def arrays(self, i: int) -> dict[str, np.ndarray]:
+        """All tensors of a layer in float32, as ``step.DecoderLayer.forward`` takes them."""
+        weights = {f"{name}.weight": np.concatenate(list(make(i))) for name, make in self._products.items()}
+        return weights | self._small(i)
+
+    @property
+    def _products(self) -> dict[str, Callable[[int], Iterator[np.ndarray]]]:
+        return {"qkv": self._qkv, "o": self._o, "gate_up": self._gate_up, "down": self._down}
 
     def store_first_norm(self, writer: DataWriter) -> None:
         writer.array("first_norm", self._gain("model.layers.0.input_layernorm.weight"))
-        if self.down_turn is not None:
-            writer.array("down_turn", self.down_turn)
+        turns = (self.down_turn(i) for i in range(self.geometry.num_layers))
+        if any(own is not None for own in turns) and self._turn is not None:
+            writer.array("down_turn", self._turn)
 
     # -- rows of the fused products --------------------------------------------------------------------------
 
     def _qkv(self, i: int) -> Iterator[np.ndarray]:
-        g, at, norm = (
-            self.geometry,
-            f"model.layers.{i}.self_attn.",
-            f"model.layers.{i}.input_layernorm.weight",
-        )
-        for head in head_order(g):
-            yield self._head(f"{at}q_proj.weight", int(head), norm)
+        g, at = self.geometry, f"model.layers.{i}.self_attn."
+        norm = f"model.layers.{i}.input_layernorm.weight"
+        yield from self._reading(f"{at}q_proj.weight", norm)
         yield from self._reading(f"{at}k_proj.weight", norm)
-        zero = np.zeros((1, g.hidden_size), np.float32)
-        for head in range(g.num_kv_heads):  # a zero row after each head: its bias makes the column of ones
+        full, zero = self.config.full_attention(i), np.zeros((1, g.hidden_size), np.float32)
+        for head in range(g.num_kv_heads):
             values = self._head(f"{at}v_proj.weight", head, norm)
             yield values if self.value_turn is None else self.value_turn.T @ values
+            if not full and not self.config.window:
+                yield zero  # its bias makes a column of ones
+        if full:
+            return
+        if self.config.window:
             yield zero
         yield self._turned(np.ascontiguousarray(self._new(i, "gate_a").T), norm)
         yield zero
 
     def _o(self, i: int) -> Iterator[np.ndarray]:
-        return self._writing(
-            f"model.layers.{i}.self_attn.o_proj.weight", self.value_turn, self._ordered_columns
-        )
+        return self._writing(f"model.layers.{i}.self_attn.o_proj.weight", self.value_turn)
 
     def _gate_up(self, i: int) -> Iterator[np.ndarray]:
         norm = f"model.layers.{i}.post_attention_layernorm.weight"
@@ -161,7 +173,7 @@ class Layout:
         yield from self._reading(f"model.layers.{i}.mlp.up_proj.weight", norm)
 
     def _down(self, i: int) -> Iterator[np.ndarray]:
-        return self._writing(f"model.layers.{i}.mlp.down_proj.weight", self.down_turn)
+        return self._writing(f"model.layers.{i}.mlp.down_proj.weight", self.down_turn(i))
 
     def _reading(self, name: str, norm: str | None) -> Iterator[np.ndarray]:
         """Rows of a weight that reads the residual stream behind ``norm``."""
@@ -173,19 +185,16 @@ class Layout:
             return block
         return self.rotation.rows(block if norm is None else block * self._get(norm))
 
-    def _writing(
-        self, name: str, turn: np.ndarray | None, columns: np.ndarray | None = None
-    ) -> Iterator[np.ndarray]:
-        """Rows of a weight that adds to the residual stream, its columns in another order on wish.
+    def _writing(self, name: str, turn: np.ndarray | None) -> Iterator[np.ndarray]:
+        """Rows of a weight that adds to the residual stream.
 
         turn: of the blocks of what it reads. Rotating the stream takes all rows at once.
         """
         blocks = self._blocks(name) if self.rotation is None else iter([self._get(name)])
-        for block in blocks:
-            ordered = block if columns is None else block[:, columns]
+        for rows in blocks:
             if turn is not None:
-                ordered = (ordered.reshape(len(ordered), -1, len(turn)) @ turn).reshape(ordered.shape)
-            yield ordered if self.rotation is None else np.ascontiguousarray(self.rotation.columns(ordered))
+                rows = (rows.reshape(len(rows), -1, len(turn)) @ turn).reshape(rows.shape)
+            yield rows if self.rotation is None else np.ascontiguousarray(self.rotation.columns(rows))
 
     def _head(self, name: str, head: int, norm: str) -> np.ndarray:
         """The rows of one head of a weight that reads the residual stream behind ``norm``."""
@@ -193,12 +202,6 @@ class Layout:
         rows = self.weights.rows(name, head * d, (head + 1) * d)
         self._check(name, rows)
         return self._turned(rows, norm)
-
-    @cached_property
-    def _ordered_columns(self) -> np.ndarray:
-        """The teacher's column of H heads at each place of the graph, [H d]."""
-        g = self.geometry
-        return np.arange(g.query_width).reshape(g.num_heads, g.head_dim)[head_order(g)].reshape(-1)
 
     def _gain(self, norm: str) -> np.ndarray:
         """The gains of a norm as the graph applies them; rotated, they sit in the weights behind."""
@@ -221,19 +224,18 @@ class Layout:
     # -- small tensors ---------------------------------------------------------------------------------------
 
     def _small(self, i: int) -> dict[str, np.ndarray]:
-        g, c = self.geometry, self.config
+        g = self.geometry
         at, mlp = f"model.layers.{i}.self_attn.", f"model.layers.{i}.mlp."
-        order, columns = head_order(g), self._ordered_columns
-        W = self._new(i, "feature")[order]  # [H,d,f], the same for q and k
-        taps = [self._new(i, name)[columns] for name in ("conv_q", "conv_k")]
+        last = i + 1 == g.num_layers
+        following = "model.norm.weight" if last else f"model.layers.{i + 1}.input_layernorm.weight"
         small = {
-            "conv_taps": np.concatenate(taps)[:, None],
-            "feature": np.stack([W, -W], 1).swapaxes(2, 3),
-            # the last row meets the latent that is always one
-            "gate_b": -np.concatenate([self._new(i, "gate_b"), self._new(i, "gate_bias")[None]]),
             "norm_attn": self._gain(f"model.layers.{i}.post_attention_layernorm.weight"),
-            "qkv.bias": self._qkv_bias(at),
+            "norm_next": self._gain(following),
         }
+        if self.has_bias("qkv", i):
+            small["qkv.bias"] = self._qkv_bias(i)
+        if not self.config.full_attention(i):
+            small |= self._linear_attention(i)
         if g.output_bias:
             small["o_bias"] = self._shift(f"{at}o_proj.bias")
         if g.mlp_bias:
@@ -246,22 +248,36 @@ class Layout:
             small["qk_gamma"] = np.concatenate(
                 [np.tile(q, (g.num_heads, 1)), np.tile(k, (g.num_kv_heads, 1))]
             )
-        if c.window:
-            omega = self._new(i, "omega")[order].astype(np.float64)
-            small["window_share"] = (1 / (1 + np.exp(-omega)))[:, None]
         return small
 
-    def _qkv_bias(self, at: str) -> np.ndarray:
-        g, w = self.geometry, Widths.of(self.geometry, self.config)
-        bias = np.zeros(w.total, np.float32)
-        values = bias[w.q + w.k : w.q + w.k + w.v].reshape(g.num_kv_heads, g.head_dim + 1)
+    def _linear_attention(self, i: int) -> dict[str, np.ndarray]:
+        W = self._new(i, "feature")  # [H,d,f], the same for q and k
+        # the last row meets the latent that is always one
+        gate = -np.concatenate([self._new(i, "gate_b"), self._new(i, "gate_bias")[None]])
+        tensors = {
+            "conv_taps": np.concatenate([self._new(i, name) for name in ("conv_q", "conv_k")])[:, None],
+            "feature": np.stack([W, -W], 1).swapaxes(2, 3),
+            "gate_b": gate,
+        }
+        if self.config.window:
+            omega = self._new(i, "omega").astype(np.float64)
+            tensors["window_scale"] = (1 + np.exp(np.minimum(-omega, 60)))[:, None]
+        return tensors
+
+    def _qkv_bias(self, i: int) -> np.ndarray:
+        g, at, full = self.geometry, f"model.layers.{i}.self_attn.", self.config.full_attention(i)
+        values = np.zeros((g.num_kv_heads, g.head_dim), np.float32)
+        qk = np.zeros(g.query_width + g.kv_width, np.float32)
         if g.attention_bias:
-            bias[: w.q] = self._get(f"{at}q_proj.bias")[self._ordered_columns]
-            bias[w.q : w.q + w.k] = self._get(f"{at}k_proj.bias")
-            own = self._get(f"{at}v_proj.bias").reshape(g.num_kv_heads, g.head_dim)
-            values[:, :-1] = own if self.value_turn is None else own @ self.value_turn
-        values[:, -1] = bias[-1] = 1
-        return bias
+            values = self._get(f"{at}v_proj.bias").reshape(values.shape)
+            values = values if self.value_turn is None else values @ self.value_turn
+            qk = np.concatenate([self._get(f"{at}{name}_proj.bias") for name in "qk"])
+        if full:
+            return np.concatenate([qk, values.reshape(-1)])
+        one, latent = np.ones((g.num_kv_heads, 1), np.float32), np.zeros(self.config.gate_rank, np.float32)
+        if self.config.window:
+            return np.concatenate([qk, values.reshape(-1), one[0], latent, one[0]])
+        return np.concatenate([qk, np.concatenate([values, one], 1).reshape(-1), latent, one[0]])
 
     def _new(self, i: int, name: str) -> np.ndarray:
         value = self.adapter[f"layers.{i}.{name}"]

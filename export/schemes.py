@@ -109,6 +109,16 @@ class Scheme:
         own = self.layers.get(layer, {}) if layer is not None else {}
         return own.get(name, self.products[name])
 
+    def turns_down(self, layer: int) -> bool:
+        """Whether the input of a layer's ``down`` is turned as the model runs (see ``rotation``).
+
+        Rounded to nearest, 8-bit blocks gain too little by it for three nodes: with SmolLM2-135M, a window of
+        128 and 1,024 tokens of documentation, KL to float32 is 0.0037 with it and 0.0044 without. GPTQ's
+        moments are of the turned input.
+        """
+        spec = self.product("down", layer)
+        return self.rotate and (spec.kind, spec.bits, self.rounding) != ("nbits", 8, "nearest")
+
     @property
     def static(self) -> bool:
         """Whether any product needs the ranges of its activations."""

@@ -1,301 +1,254 @@
 """One decoder layer in recurrent step form, as torch's exporter sees it: any T, state in and state out.
 
-The module holds no large weights. A linear layer is the placeholder node ``lawcat::Product`` (which product
-it becomes is decided later, by the scheme) and every small tensor is a named parameter that the stitcher
-replaces with that of the layer at hand. So the trace costs the same for 135 M and for 7 B parameters.
+The modules hold no weights: every tensor of a layer is an input, under the name that it is stored by
+(``layout``). So they run in torch on real tensors, trace on shapes alone at the same cost for 135 M and for
+7 B parameters, and serve as the template of every layer of their kind. Large products are nodes of their own
+(``lawcat::Linear``); which product one becomes is decided later, by the scheme.
 
 Letters as in ``lawcat_edge.attention``. To keep the graph lean:
 
-- q, k, v and the gate's latent come from one product. Its bias makes two constant columns: the 1 that
-  extends each value, and a 1 beside the latent that carries the gate's bias through the second product.
-- Query heads are stored in the order of ``head_order``: one of each group, then the next of each group. So to
-  repeat keys, values or gates for the heads that share them is to write the whole tensor several times over
-  (one Concat), and the queries of a token are H / G rows of G heads, each with keys and values of its own.
+- q, k, v and the gate's latent come from one product, whose bias makes two constant columns: a 1 that extends
+  each value, and a 1 beside the latent that carries the gate's bias through the second product.
+- The window is one GroupQueryAttention node, which rotates, appends to its buffers and attends. Its softmax
+  output is N_w / Z_w and, since the largest weight is 1 / Z_w, that gives the normaliser as well.
 - q and k run as one tensor of 2H heads, channels first, through one convolution; the feature map is one
   batched product with [W, -W], and one softmax.
 - The gate's sign is folded into B: g = -softplus(-u) / divisor.
-- The window is one Attention node over the stored keys, which are rotated at their positions when they are
-  written. Its softmax gives N_w / Z_w and, since the largest weight is 1 / Z_w, the normaliser as well.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lawcat_edge.config import LawcatConfig
+from lawcat_edge.export import operators as ops
 from lawcat_edge.families import Geometry
+
+Tensors = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Widths:
-    """Columns of the fused products, in order."""
+    """Columns of the fused product of a linear layer, in order.
+
+    With a window, q, k and v are as GroupQueryAttention takes them, and a column of ones (``one``) follows.
+    Without, every head's values bring their own one.
+    """
 
     q: int
     k: int
     v: int
+    one: int
     latent: int
 
     @classmethod
     def of(cls, geometry: Geometry, config: LawcatConfig) -> Widths:
-        g = geometry
-        return cls(g.query_width, g.kv_width, g.num_kv_heads * (g.head_dim + 1), config.gate_rank + 1)
+        g, latent = geometry, config.gate_rank + 1
+        if config.window:
+            return cls(g.query_width, g.kv_width, g.kv_width, 1, latent)
+        return cls(g.query_width, g.kv_width, g.kv_width + g.num_kv_heads, 0, latent)
 
     @property
     def total(self) -> int:
-        return self.q + self.k + self.v + self.latent
+        return self.q + self.k + self.v + self.one + self.latent
 
 
-def head_order(geometry: Geometry) -> np.ndarray:
-    """The teacher's query head at each place of the graph, [H]: 0, g, 2g, .., 1, g + 1, .. with g = H / G."""
-    return np.arange(geometry.num_heads).reshape(geometry.num_kv_heads, geometry.groups).T.reshape(-1)
+def span_of(geometry: Geometry, config: LawcatConfig) -> int:
+    """Tokens that a full-attention layer sees, the newest included: the teacher may have seen fewer."""
+    return min(config.attention_span, geometry.sliding_window or config.attention_span)
 
 
-def _op(kind: str, inputs: list[Tensor], shape: list[Any], **attrs: Any) -> Tensor:
-    version = 1 if "::" in kind else None
-    dtype = inputs[0].dtype
-    return torch.onnx.ops.symbolic(kind, inputs, attrs, dtype=dtype, shape=shape, version=version)
-
-
-def _ops(kind: str, inputs: list[Tensor | None], shapes: list[Any], **attrs: Any) -> Any:
-    version = 1 if "::" in kind else None
-    dtypes = [torch.float32] * len(shapes)
-    return torch.onnx.ops.symbolic_multi_out(
-        kind, inputs, attrs, dtypes=dtypes, shapes=shapes, version=version
-    )
-
-
-class StepLayer(nn.Module):
-    """x, h -> x', h' and the new state: x is the residual stream, h its normed form."""
-
-    unit_gamma: Tensor
-    eps: Tensor
-    gate_scale: Tensor
-    first: Tensor
-    last_axis: Tensor
-    to_heads: Tensor
-    to_value_heads: Tensor
-    to_columns: Tensor
-    to_group_heads: Tensor
-    to_group_queries: Tensor
-    to_head_tops: Tensor
-    slots: Tensor
-    end: Tensor
+class DecoderLayer(nn.Module):
+    """x, h -> x', h' and the new state: x [B,T,D] is the residual stream, h its normed form."""
 
     def __init__(self, geometry: Geometry, config: LawcatConfig) -> None:
         super().__init__()
-        g, c = geometry, config
-        self.geometry, self.config, self.widths = g, c, Widths.of(g, c)
-        H, G, d, f = g.num_heads, g.num_kv_heads, g.head_dim, c.feature_dim
-        F = c.key_dim
+        self.geometry, self.config = geometry, config
 
-        def weight(*shape: int) -> nn.Parameter:
-            # all different: the exporter merges initialisers of equal content
-            self.filled += 1
-            return nn.Parameter(torch.full(shape, float(self.filled)), requires_grad=False)
-
-        self.filled = 0
-        # Replaced in every layer
-        self.conv_taps = weight(2 * H * d, 1, c.conv_kernel)
-        self.feature = weight(H, 2, f, d)
-        self.gate_b = weight(c.gate_rank + 1, G * F)
-        self.norm_attn = weight(g.hidden_size)
-        self.norm_next = weight(g.hidden_size)
-        if g.output_bias:
-            self.o_bias = weight(g.hidden_size)
-        if g.mlp_bias:
-            self.down_bias = weight(g.hidden_size)
-        if g.qk_norm:
-            self.qk_gamma = weight(H + G, d)
-        if c.window:
-            self.window_share = weight(H, 1)
-
-        # The same in all layers; a target of Reshape keeps a dimension that is 0
-        def ints(*values: int) -> Tensor:
-            return torch.tensor(values)
-
-        constants = {
-            "unit_gamma": torch.ones(d),
-            "eps": torch.tensor(c.eps),
-            "gate_scale": torch.tensor(-1.0 / c.gate_divisor),
-            "first": ints(0),
-            "last_axis": ints(-1),
-            "to_heads": ints(0, 2, H, 1, d, -1),
-            "to_value_heads": ints(0, -1, H, d + 1),
-            "to_columns": ints(0, 0, -1),
-            "to_group_heads": ints(0, 0, -1, d),
-            "to_group_queries": ints(0, -1, G * d),
-            "to_head_tops": ints(0, -1, H, 1),
-            "slots": ints(2),
-            "end": ints(torch.iinfo(torch.int64).max),
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The tensors of a layer, by name."""
+        g = self.geometry
+        D, width = g.hidden_size, g.intermediate_size
+        shapes: dict[str, tuple[int, ...]] = {
+            **self.attention_shapes(),
+            "o.weight": (D, g.query_width),
+            "norm_attn": (D,),
+            "gate_up.weight": (2 * width, D),
+            "down.weight": (D, width),
+            "norm_next": (D,),
         }
-        for name, value in constants.items():
-            self.register_buffer(name, value)
+        if g.output_bias:
+            shapes["o_bias"] = (D,)
+        if g.mlp_bias:
+            shapes |= {"gate_up.bias": (2 * width,), "down_bias": (D,)}
+        if g.qk_norm:
+            shapes["qk_gamma"] = (g.num_heads + g.num_kv_heads, g.head_dim)
+        return shapes
+
+    def attention_shapes(self) -> dict[str, tuple[int, ...]]:
+        raise NotImplementedError
+
+    def attention(self, h: Tensor, tensors: Tensors, state: Tensors, inputs: Tensors) -> tuple[Tensor, ...]:
+        """y [B,T,Hd] and the state after it, in the order of ``bundle.expected_state``."""
+        raise NotImplementedError
 
     def forward(
-        self,
-        x: Tensor,
-        h: Tensor,
-        conv_state: Tensor,
-        recurrent_state: Tensor,
-        extra: dict[str, Tensor],
+        self, x: Tensor, h: Tensor, tensors: Tensors, state: Tensors, inputs: Tensors
     ) -> tuple[Tensor, ...]:
-        """x, h [B,T,D]; states as in the graph contract; extra: rotary and window inputs by name."""
-        g, c = self.geometry, self.config
-        H, G, d, D = g.num_heads, g.num_kv_heads, g.head_dim, g.hidden_size
-        F, B, T = c.key_dim, x.shape[0], x.shape[1]
-
-        qk, values, latent = self.projections(h)
-        turned = [self.rotated(heads, extra) for heads in qk] if c.rope or c.window else []
-        channels = self.joined(turned if c.rope else qk)
-
-        # Convolution and feature map: [B, channels, T] -> phi [B,T,2,H,F]
-        conv, conv_present = _ops(
-            "com.microsoft::CausalConvWithState",
-            [channels.transpose(1, 2), self.conv_taps, None, conv_state],
-            [[B, 2 * H * d, T], [B, 2 * H * d, c.conv_kernel - 1]],
-            ndim=1,
-        )
-        heads = self.reshape(conv, self.to_heads, [B, 2, H, 1, d, T])
-        phi = (self.feature @ heads).permute(0, 5, 1, 2, 3, 4).softmax(-1)
-        phi_q, phi_k = torch.split(self.reshape(phi, self.to_columns, [B, T, 2 * H * F]), H * F, 2)
-
-        decay = _op("Softplus", [latent @ self.gate_b], [B, T, G * F]) * self.gate_scale
-        out, recurrent_present = _ops(
-            "com.microsoft::LinearAttention",
-            [phi_q, phi_k, self.repeated(values), recurrent_state, self.repeated(decay)],
-            [[B, T, H * (d + 1)], [B, H, F, d + 1]],
-            update_rule="gated",
-            q_num_heads=H,
-            kv_num_heads=H,
-            scale=1.0,
-        )
-        out = self.reshape(out, self.to_value_heads, [B, T, H, d + 1])
-        states = [conv_present, recurrent_present]
-        if c.window:
-            near, *remembered = self.window(turned, values, extra)
-            out, states = out + near, states + remembered
-        n, z = torch.split(out, [d, 1], 3)
-        y = self.reshape(n / (z + self.eps), self.to_columns, [B, T, H * d])
-
-        x, h = self.residual_norm(x, self.product("o", y, D), self.norm_attn, getattr(self, "o_bias", None))
-        gate, up = torch.split(self.product("gate_up", h, 2 * g.intermediate_size), g.intermediate_size, 2)
-        act = _op("com.microsoft::QuickGelu", [gate], [B, T, g.intermediate_size], alpha=1.0) * up
-        down_bias = getattr(self, "down_bias", None)
-        x, h = self.residual_norm(x, self.product("down", act, D), self.norm_next, down_bias)
+        """tensors: see ``shapes``. state: by the kinds of ``bundle.expected_state``. inputs: those of the
+        graph that all layers share, by name."""
+        g = self.geometry
+        y, *states = self.attention(h, tensors, state, inputs)
+        eps = g.rms_norm_eps
+        update = self.product("o", y, tensors)
+        h, x = ops.skip_norm(x, update, tensors["norm_attn"], tensors.get("o_bias"), eps)
+        gate, up = torch.split(self.product("gate_up", h, tensors), g.intermediate_size, 2)
+        update = self.product("down", ops.silu(gate) * up, tensors)
+        h, x = ops.skip_norm(x, update, tensors["norm_next"], tensors.get("down_bias"), eps)
         return (x, h, *states)
 
-    def projections(self, h: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
-        """[q, k] (as one tensor where nothing comes between them), [v, 1] by head, and the gate's latent."""
-        w = self.widths
-        apart = self.geometry.groups > 1 or self.config.window > 0
-        split = [w.q, w.k] if apart and not self.geometry.qk_norm else [w.q + w.k]
-        *qk, values, latent = torch.split(self.product("qkv", h, w.total), [*split, w.v, w.latent], 2)
-        if self.geometry.qk_norm:
-            normed = self.normed(qk[0])
-            qk = list(torch.split(normed, [w.q, w.k], 2)) if apart else [normed]
-        return qk, values, latent
+    def product(self, name: str, x: Tensor, tensors: Tensors) -> Tensor:
+        return ops.linear(x, tensors[f"{name}.weight"], tensors.get(f"{name}.bias"), name)
 
-    def joined(self, qk: list[Tensor]) -> Tensor:
-        """q and k as 2H heads."""
-        return torch.cat([qk[0], *qk[1:] * self.geometry.groups], 2) if len(qk) > 1 else qk[0]
+    def qk_normed(self, qk: Tensor, gamma: Tensor) -> list[Tensor]:
+        """q and k, normed head by head, from both in one."""
+        g = self.geometry
+        heads = ops.reshape(qk, [0, 0, -1, g.head_dim])
+        unit = torch.ones(g.head_dim)
+        normed = ops.reshape(ops.rms_norm(heads, unit, g.rms_norm_eps) * gamma, [0, 0, -1])
+        return list(torch.split(normed, [g.query_width, g.kv_width], 2))
 
-    def repeated(self, x: Tensor) -> Tensor:
-        """x of G heads for all H heads."""
-        return torch.cat([x] * self.geometry.groups, 2) if self.geometry.groups > 1 else x
+    def softmax_inputs(
+        self, q: Tensor, k: Tensor | None, v: Tensor | None, name: str, state: Tensors, inputs: Tensors
+    ) -> tuple[Tensor | None, ...]:
+        rotary = (inputs[key] for key in ("cos_cache", "sin_cache", "position_ids"))
+        lengths = inputs[f"{name}_seqlens_k"], inputs[f"{name}_total"]
+        return (q, k, v, state["key"], state["value"], *lengths, *rotary)
 
-    def normed(self, qk: Tensor) -> Tensor:
-        g, eps = self.geometry, self.geometry.rms_norm_eps
-        shape = [*qk.shape[:2], g.num_heads + g.num_kv_heads, g.head_dim]
-        heads = self.reshape(qk, self.to_group_heads, shape)
-        heads = _op("SimplifiedLayerNormalization", [heads, self.unit_gamma], shape, axis=-1, epsilon=eps)
-        return self.reshape(heads * self.qk_gamma, self.to_columns, list(qk.shape))
 
-    def rotated(self, x: Tensor, extra: dict[str, Tensor]) -> Tensor:
-        """Rotary embedding at the tokens' positions; cos and sin are [T, d/2]."""
-        d = self.geometry.head_dim
-        inputs = [x, self.first, extra["rotary_cos"], extra["rotary_sin"]]
-        shape, heads = list(x.shape), x.shape[2] // d
-        return _op(
-            "com.microsoft::RotaryEmbedding", inputs, shape, num_heads=int(heads), rotary_embedding_dim=d
+class FullAttentionLayer(DecoderLayer):
+    """The teacher's own layer: softmax attention over the last ``attention_span`` tokens."""
+
+    def attention_shapes(self) -> dict[str, tuple[int, ...]]:
+        g = self.geometry
+        shapes: dict[str, tuple[int, ...]] = {"qkv.weight": (g.query_width + 2 * g.kv_width, g.hidden_size)}
+        return shapes | ({"qkv.bias": shapes["qkv.weight"][:1]} if g.attention_bias else {})
+
+    def attention(self, h: Tensor, tensors: Tensors, state: Tensors, inputs: Tensors) -> tuple[Tensor, ...]:
+        g = self.geometry
+        q, k, v = self.product("qkv", h, tensors), None, None
+        if g.qk_norm:
+            q, v = torch.split(q, [g.query_width + g.kv_width, g.kv_width], 2)
+            q, k = self.qk_normed(q, tensors["qk_gamma"])
+        given = self.softmax_inputs(q, k, v, "full", state, inputs)
+        return ops.group_query_attention(*given, g.num_heads, span_of(g, self.config))
+
+
+class LinearAttentionLayer(DecoderLayer):
+    """LAWCAT attention, with a window or without."""
+
+    def attention_shapes(self) -> dict[str, tuple[int, ...]]:
+        g, c = self.geometry, self.config
+        H, d = g.num_heads, g.head_dim
+        total = Widths.of(g, c).total
+        shapes: dict[str, tuple[int, ...]] = {
+            "qkv.weight": (total, g.hidden_size),
+            "qkv.bias": (total,),
+            "conv_taps": (2 * H * d, 1, c.conv_kernel),
+            "feature": (H, 2, c.feature_dim, d),
+            "gate_b": (c.gate_rank + 1, g.num_kv_heads * c.key_dim),
+        }
+        return shapes | ({"window_scale": (H, 1)} if c.window else {})
+
+    def attention(self, h: Tensor, tensors: Tensors, state: Tensors, inputs: Tensors) -> tuple[Tensor, ...]:
+        g, c = self.geometry, self.config
+        H, G, d, n = g.num_heads, g.num_kv_heads, g.head_dim, g.groups
+        F = c.key_dim
+        q, ks, values, latent, near = self.projections(h, tensors)
+        if c.rope:
+            tables = [inputs[key] for key in ("position_ids", "cos_cache", "sin_cache")]
+            q = ops.rotary(q, *tables, H)
+            k = ops.rotary(joined(ks), *tables, G)
+            ks = by_head(k, d) if n > 1 else [k]
+
+        # Convolution and feature map: [B, channels, T] -> phi [B,T,2,H,F]; heads that share k or v repeat it
+        channels = torch.cat([q, *(k for k in ks for _ in range(n))], 2)
+        conv, conv_after = ops.causal_conv(
+            channels.transpose(1, 2), tensors["conv_taps"], state["conv_state"]
         )
+        heads = ops.reshape(conv, [0, 2, H, 1, d, -1])
+        phi = (tensors["feature"] @ heads).permute(0, 5, 1, 2, 3, 4).softmax(-1)
+        phi_q, phi_k = torch.split(ops.reshape(phi, [0, 0, -1]), H * F, 2)
 
-    def window(self, qk: list[Tensor], values: Tensor, extra: dict[str, Tensor]) -> list[Tensor]:
-        """sigmoid(omega) [N_w, Z_w] as [B,T,H,d+1], and the keys and values to remember.
+        decay = ops.softplus(latent @ tensors["gate_b"]) * (-1.0 / c.gate_divisor)
+        if n > 1:
+            decay = torch.cat([part for part in by_head(decay, F) for _ in range(n)], 2)
+        v1 = joined([part for parts in values for _ in range(n) for part in parts])
+        out, after = ops.linear_attention(phi_q, phi_k, v1, state["recurrent_state"], decay)
+        out = ops.reshape(out, [0, 0, H, d + 1])
+        if not c.window:
+            num, den = torch.split(out, [d, 1], 3)
+            return ops.reshape(num / (den + c.eps), [0, 0, -1]), conv_after, after
 
-        qk rotated, values [v, 1] by head. Scores depend on the distance of positions alone.
-        """
-        q, k = qk
-        g, past = self.geometry, self.config.window - 1
-        H, G, d = g.num_heads, g.num_kv_heads, g.head_dim
-        B, T = q.shape[0], q.shape[1]
-        rows = T * g.groups
-        queries = self.reshape(q, self.to_group_queries, [B, rows, G * d]) if g.groups > 1 else q
-        stored = [extra["window_key"], extra["window_value"]] if past else []
-        out, keys, seen, weights = _ops(
-            "Attention",
-            [queries, k, values, extra["window_mask"], *stored],
-            [[B, rows, G * (d + 1)], [B, G, past + T, d], [B, G, past + T, d + 1], [B, G, rows, past + T]],
-            q_num_heads=G,
-            kv_num_heads=G,
-            qk_matmul_output_mode=3,  # the weights
-            scale=d**-0.5,
-        )
-        top = _op("ReduceMax", [weights, self.last_axis], [B, G, rows], keepdims=0)  # 1 / Z_w
-        top = self.reshape(top.transpose(1, 2), self.to_head_tops, [B, T, H, 1])
-        near = self.reshape(out, self.to_value_heads, [B, T, H, d + 1]) * (self.window_share / top)
-        ends = (extra["tokens"], self.end, self.slots)
-        shapes = [[B, G, past, d], [B, G, past, d + 1]]
-        remembered = [
-            _op("Slice", [x, *ends], shape) for x, shape in zip((keys, seen), shapes, strict=True) if past
-        ]
-        return [near, *remembered]
+        # Both sides of the mix divided by sigmoid(omega) Z_w: softmax output + out c over 1 + normaliser c
+        given = self.softmax_inputs(*near, "window", state, inputs)
+        scale = tensors["window_scale"]  # 1 / sigmoid(omega)
+        if c.window_scaling == "softmax":
+            y, *buffers = ops.group_query_attention(*given, H, c.window)
+        else:
+            y, *buffers, top = ops.scaled_attention(*given, H, c.window)
+            scale = top.transpose(1, 2) * scale  # the largest weight is 1 / Z_w
+        num, den = torch.split(out * scale, [d, 1], 3)
+        # eps guards a division by zero, so here, where one is added, it need not be scaled
+        y = (ops.reshape(y, [0, 0, H, d]) + num) / (den + (1 + c.eps))
+        return ops.reshape(y, [0, 0, -1]), conv_after, after, *buffers
 
-    def product(self, name: str, x: Tensor, width: int) -> Tensor:
-        return _op("lawcat::Product", [x], [*x.shape[:-1], width], name=name)
-
-    def residual_norm(
-        self, x: Tensor, update: Tensor, gamma: Tensor, bias: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """The residual stream after an update (and its bias), and that normed."""
-        shape = list(x.shape)
-        normed, _, _, total = _ops(
-            "com.microsoft::SkipSimplifiedLayerNormalization",
-            [x, update, gamma] if bias is None else [x, update, gamma, bias],
-            [shape, [*shape[:2], 1], [*shape[:2], 1], shape],
-            epsilon=self.geometry.rms_norm_eps,
-        )
-        return total, normed
-
-    def reshape(self, x: Tensor, target: Tensor, shape: list[Any]) -> Tensor:
-        """One Reshape with a constant target, which torch's own would compute."""
-        return _op("Reshape", [x, target], shape)
-
-
-WINDOW_INPUTS = ("window_mask", "tokens")
+    def projections(
+        self, h: Tensor, tensors: Tensors
+    ) -> tuple[
+        Tensor, list[Tensor], list[tuple[Tensor, ...]], Tensor, tuple[Tensor, Tensor | None, Tensor | None]
+    ]:
+        """q; k by head where heads share it; what makes [v, 1], by head; the gate's latent; the window's
+        q, k and v."""
+        g, w = self.geometry, Widths.of(self.geometry, self.config)
+        G, d = g.num_kv_heads, g.head_dim
+        heads = [d] * G if g.groups > 1 else [w.k]
+        whole = self.product("qkv", h, tensors)
+        if not self.config.window:
+            # one list for as much as can be split at once
+            each = [w.v // G] * G if g.groups > 1 else [w.v]
+            parts = [w.q + w.k] if g.qk_norm else [w.q, *heads]
+            *qk, latent = torch.split(whole, [*parts, *each, w.latent], 2)
+            qk, vs = qk[: len(parts)], qk[len(parts) :]
+            if g.qk_norm:
+                q, k = self.qk_normed(qk[0], tensors["qk_gamma"])
+                qk = [q, *(by_head(k, d) if g.groups > 1 else [k])]
+            return qk[0], qk[1:], [(v,) for v in vs], latent, (whole, None, None)
+        packed, one, latent = torch.split(whole, [w.q + w.k + w.v, w.one, w.latent], 2)
+        near: tuple[Tensor, Tensor | None, Tensor | None] = (packed, None, None)
+        if g.qk_norm:
+            normed, v = torch.split(packed, [w.q + w.k, w.v], 2)
+            q, k = self.qk_normed(normed, tensors["qk_gamma"])
+            near = (q, k, v)
+            ks = by_head(k, d) if g.groups > 1 else [k]
+            vs = by_head(v, d)
+        else:
+            q, *rest = torch.split(packed, [w.q, *heads, *[d] * G], 2)
+            ks, vs = rest[: len(heads)], rest[len(heads) :]
+        return q, ks, [(v, one) for v in vs], latent, near
 
 
-class WindowInputs(nn.Module):
-    """What all layers' windows share, from T and the fill."""
+def by_head(x: Tensor, width: int) -> list[Tensor]:
+    return list(torch.split(x, width, 2)) if x.shape[2] > width else [x]
 
-    def __init__(self, geometry: Geometry, config: LawcatConfig) -> None:
-        super().__init__()
-        self.past, self.groups = config.window - 1, geometry.groups
 
-    def forward(self, input_ids: Tensor, window_fill: Tensor) -> tuple[Tensor, Tensor]:
-        """input_ids [B,T], window_fill [1] -> as in ``WINDOW_INPUTS``.
+def joined(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts, 2) if len(parts) > 1 else parts[0]
 
-        window_mask [T * H/G, P+T]: 0 or -inf, a row for each query row of the window, H/G rows a token.
-        tokens [1]: T, where the part of old and new keys begins that is remembered.
-        """
-        T, past = input_ids.shape[1], self.past
-        tokens = _op("Shape", [input_ids], [1], start=1, end=2)
-        row = (torch.arange(T)[:, None] + torch.zeros(self.groups, dtype=torch.int64)).reshape(-1, 1)
-        column = torch.arange(past + T)
-        oldest = torch.maximum(row, past - window_fill)
-        seen = (column >= oldest) & (column <= row + past)
-        return torch.where(seen, 0.0, -torch.inf), tokens
+
+def layer_module(geometry: Geometry, config: LawcatConfig, full: bool) -> DecoderLayer:
+    return (FullAttentionLayer if full else LinearAttentionLayer)(geometry, config)

@@ -1,4 +1,4 @@
-"""Put the model together: embedding, the traced layer once per layer with its own tensors, head."""
+"""Put the model together: embedding, the traced layers once per layer with its own tensors, head."""
 
 from __future__ import annotations
 
@@ -10,38 +10,29 @@ import onnx_ir as ir
 from lawcat_edge.export import products
 from lawcat_edge.export.builder import GraphBuilder
 from lawcat_edge.export.layout import Layout
-from lawcat_edge.export.step import WINDOW_INPUTS
 from lawcat_edge.export.trace import OPSET, Template
-from lawcat_edge.runtime.bundle import expected_state
+from lawcat_edge.runtime.bundle import StateTensor, expected_spans, expected_state
+
+SLOTS = {"window": "W", "full": "S"}  # names of the dimensions along which buffers grow
 
 
 def stitch(
     layout: Layout,
     tensors: Mapping[str, ir.ExternalTensor],
-    layer: Template,
-    window: Template | None,
+    layers: Mapping[bool, Template],
     all_positions: bool,
+    interface: Interface | None = None,
 ) -> ir.Model:
-    """The whole graph; logits of the last position only, or of all."""
-    geometry, config = layout.geometry, layout.config
+    """The whole graph; logits of the last position only, or of all.
+
+    layers: the template of full-attention layers (True) and of the others.
+    """
+    geometry = layout.geometry
     V, D = geometry.vocab_size, geometry.hidden_size
     g = GraphBuilder(tensors)
-    float32, int64 = ir.DataType.FLOAT, ir.DataType.INT64
-    ids = g.input("input_ids", int64, ["B", "T"])
-    shared: dict[str, ir.Value] = {}
-    if config.rope or config.window:
-        half = [g.constant(np.array([n], np.int64)) for n in (0, geometry.head_dim // 2, 1)]
-        for name in ("rotary_cos", "rotary_sin"):  # both halves of a head turn alike
-            whole = g.input(name, float32, ["T", geometry.head_dim])
-            shared[f"extra_{name}"] = g.node("Slice", [whole, *half], f"{name}/half")
-    if window is not None:
-        # with a window of one there is no past that could be unfilled
-        fill = g.input("window_fill", int64, [1]) if config.window > 1 else g.constant(np.zeros(1, np.int64))
-        tables = instantiate(g, window, {"input_ids": ids, "window_fill": fill}, layout, "window", None)
-        shared |= {f"extra_{name}": value for name, value in zip(WINDOW_INPUTS, tables, strict=True)}
-    states = expected_state(geometry.to_dict(), config.to_dict())
-    per_layer = len(states) // geometry.num_layers
-    past = [g.input(tensor.input, float32, ["B", *tensor.shape]) for tensor in states]
+    interface = interface or Interface(layout)
+    ids = g.input("input_ids", ir.DataType.INT64, ["B", "T"])
+    shared, past = interface.begin(g)
 
     x = products.emit_embedding(g, layout.embedding_spec, "embedding", ids, V, D)
     h = g.node(
@@ -53,10 +44,13 @@ def stitch(
     )
     present: list[ir.Value] = []
     for i in range(geometry.num_layers):
-        own = past[i * per_layer : (i + 1) * per_layer]
-        names = ("conv_state", "recurrent_state", "extra_window_key", "extra_window_value")
-        inputs = {"x": x, "h": h, **shared, **dict(zip(names, own, strict=False))}
-        x, h, *after = instantiate(g, layer, inputs, layout, f"layers.{i}", i)
+        template = layers[layout.config.full_attention(i)]
+        own: dict[str, Mapping[str, ir.Value]] = {
+            "hidden": {"x": x, "h": h},
+            "inputs": shared,
+            "state": past[i],
+        }
+        x, h, *after = instantiate(g, template, own, layout, i)
         present += after
     if not all_positions:
         h = g.node("Gather", [h, g.constant(np.array([-1], np.int64))], "last", axis=1)
@@ -66,47 +60,94 @@ def stitch(
     logits = products.emit(g, layout.spec("head"), head, h, V, D, None, "head")
 
     g.output(logits, "logits", ["B", "T" if all_positions else 1, V])
-    for tensor, value in zip(states, present, strict=True):
-        g.output(value, tensor.output, ["B", *tensor.shape])
+    interface.end(g, present)
     return g.model({"": OPSET, "com.microsoft": 1})
+
+
+class Interface:
+    """The inputs and outputs of a graph beside tokens and logits, as the runner here gives and takes them."""
+
+    def __init__(self, layout: Layout) -> None:
+        geometry, config = layout.geometry.to_dict(), layout.config.to_dict()
+        self.head_dim, self.num_layers = layout.geometry.head_dim, layout.geometry.num_layers
+        self.rope = layout.config.rope
+        self.state = expected_state(geometry, config)
+        self.spans = expected_spans(geometry, config)
+
+    def begin(self, g: GraphBuilder) -> tuple[dict[str, ir.Value], list[dict[str, ir.Value]]]:
+        """What all layers share, by name, and the state of every layer, by kind."""
+        shared: dict[str, ir.Value] = {}
+        if self.rope or self.spans:
+            shared["position_ids"] = g.input("position_ids", ir.DataType.INT64, ["B", "T"])
+            for name in ("cos_cache", "sin_cache"):
+                shared[name] = g.input(name, ir.DataType.FLOAT, ["R", self.head_dim // 2])
+        for name in self.spans:
+            seqlens = g.input(f"{name}_seqlens_k", ir.DataType.INT32, ["B"])
+            shared |= self.lengths(g, name, seqlens)
+        past: list[dict[str, ir.Value]] = [{} for _ in range(self.num_layers)]
+        for tensor in self.state:
+            layer, kind = layer_and_kind(tensor)
+            past[layer][kind] = g.input(tensor.input, ir.DataType.FLOAT, dims(tensor))
+        return shared, past
+
+    def lengths(self, g: GraphBuilder, name: str, seqlens: ir.Value) -> dict[str, ir.Value]:
+        """The last slot in use of every sequence [B], and the number of slots in use of the longest."""
+        last = g.node("ReduceMax", [seqlens], f"{name}/last", keepdims=0)
+        total = g.node("Add", [last, g.constant(np.array(1, np.int32))], f"{name}/total")
+        return {f"{name}_seqlens_k": seqlens, f"{name}_total": total}
+
+    def end(self, g: GraphBuilder, present: list[ir.Value]) -> None:
+        """present: the state after the tokens, in the order of ``bundle.expected_state``."""
+        for tensor, value in zip(self.state, present, strict=True):
+            g.output(value, tensor.output, dims(tensor))
+
+
+def layer_and_kind(tensor: StateTensor) -> tuple[int, str]:
+    _, layer, kind = tensor.input.split(".")
+    return int(layer), kind
+
+
+def dims(tensor: StateTensor) -> list[int | str]:
+    """The shape in a graph: buffers of one kind are of one size."""
+    return ["B", *(SLOTS[tensor.buffer] if isinstance(size, str) else size for size in tensor.shape)]
 
 
 def instantiate(
     g: GraphBuilder,
     template: Template,
-    inputs: Mapping[str, ir.Value],
+    given: Mapping[str, Mapping[str, ir.Value]],
     layout: Layout,
-    prefix: str,
-    layer: int | None,
+    layer: int,
 ) -> list[ir.Value]:
     """Copy the template's nodes into g with these inputs; large products become those of the scheme."""
-    values: dict[ir.Value, ir.Value] = {value: inputs[value.name or ""] for value in template.graph.inputs}
-    for name, value in template.graph.initializers.items():
-        if name in template.layer_tensors:
+    prefix = f"layers.{layer}"
+    values: dict[ir.Value, ir.Value] = {}
+    for value, (group, name) in zip(template.graph.inputs, template.inputs, strict=True):
+        if group != "tensors":
+            values[value] = given[group][name]
+        elif not all(node.op_type == "Linear" for node, _ in value.uses()):
             values[value] = g.stored(f"{prefix}.{name}")
-        else:
-            assert value.const_value is not None
-            values[value] = g.constant(value.const_value.numpy())
+    for value in template.graph.initializers.values():
+        assert value.const_value is not None
+        values[value] = g.constant(value.const_value.numpy())
     for number, node in enumerate(template.graph):
-        own = [None if value is None else values[value] for value in node.inputs]
-        if node.op_type == "Product":
-            kind = node.attributes["name"].as_string()
-            name, (N, K) = f"{prefix}.{kind}", layout.shape(kind)
-            bias = f"{name}.bias" if layout.has_bias(kind) else None
-            assert own[0] is not None
-            path, spec, x = f"{prefix}/{kind}", layout.spec(kind, layer), own[0]
-            if kind == "down" and layout.down_turn is not None:
-                x = products.emit_turn(g, "down_turn", len(layout.down_turn), x, f"{path}/turn")
+        if node.op_type == "Linear":
+            kind, x = node.attributes["name"].as_string(), values[_given(node.inputs[0])]
+            name, (N, K) = f"{prefix}.{kind}", layout.shape(kind, layer)
+            bias = f"{name}.bias" if layout.has_bias(kind, layer) else None
+            path, spec = f"{prefix}/{kind}", layout.spec(kind, layer)
+            if kind == "down" and (turn := layout.down_turn(layer)) is not None:
+                x = products.emit_turn(g, "down_turn", len(turn), x, f"{path}/turn")
             result = products.emit(g, spec, name, x, N, K, bias, path, layout.ranges.get(path))
             values[node.outputs[0]] = result
             continue
         if node.op_type == "Constant":
-            values[node.outputs[0]] = g.constant(node.attributes["value"].as_tensor().numpy())
+            values[node.outputs[0]] = g.constant(_constant(node))
             continue
         copy = ir.Node(
             node.domain,
             node.op_type,
-            own,
+            [None if value is None else values[value] for value in node.inputs],
             list(node.attributes.values()),
             num_outputs=len(node.outputs),
             name=f"{prefix}/{number}_{node.op_type}",
@@ -117,3 +158,14 @@ def instantiate(
             values[old] = new
         g.nodes.append(copy)
     return [values[value] for value in template.graph.outputs]
+
+
+def _given(value: ir.Value | None) -> ir.Value:
+    assert value is not None
+    return value
+
+
+def _constant(node: ir.Node) -> np.ndarray:
+    if "value_ints" in node.attributes:
+        return np.array(node.attributes["value_ints"].as_ints(), np.int64)
+    return node.attributes["value"].as_tensor().numpy()

@@ -1,4 +1,4 @@
-"""Trace the step modules once with torch's exporter; what comes out is a template for the stitcher."""
+"""Trace the layers once with torch's exporter; what comes out is a template for the stitcher."""
 
 from __future__ import annotations
 
@@ -14,92 +14,104 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-from lawcat_edge.config import LawcatConfig
-from lawcat_edge.export.step import WINDOW_INPUTS, StepLayer, WindowInputs
+from lawcat_edge.config import FULL, LINEAR, LawcatConfig
+from lawcat_edge.export.operators import translations
+from lawcat_edge.export.step import DecoderLayer, layer_module
 from lawcat_edge.families import Geometry
 
-OPSET = 23  # the first with Attention
+OPSET = 23
+HIDDEN = ("x", "h")
 
 
 @dataclass(frozen=True)
 class Template:
-    """A traced graph. ``layer_tensors`` are the initialisers that differ from layer to layer."""
+    """A traced layer.
+
+    inputs: for each input of the graph where it comes from and under which name: "hidden" (see ``HIDDEN``),
+    "tensors" and "state" (the layer's own) or "inputs" (which all layers share).
+    """
 
     graph: ir.Graph
-    layer_tensors: frozenset[str] = frozenset()
+    inputs: tuple[tuple[str, str], ...]
 
 
-def trace_layer(geometry: Geometry, config: LawcatConfig) -> Template:
-    """One decoder layer with B and T dynamic; see StepLayer.forward for inputs and outputs."""
-    return _trace_layer(*_key(replace(geometry, num_layers=1, vocab_size=1, sliding_window=None), config))
+def trace_layer(geometry: Geometry, config: LawcatConfig, full: bool) -> Template:
+    """One decoder layer of a kind, with B, T and the buffers' sizes dynamic; see ``DecoderLayer.forward``."""
+    # Layers differ from each other, and models in these numbers, without a difference in the graph
+    geometry = replace(geometry, num_layers=1, vocab_size=1)
+    kinds = (LINEAR, FULL) if full else ()
+    config = replace(config, layer_types=kinds, attention_span=config.attention_span if full else 0)
+    return _trace_layer(*(json.dumps(part.to_dict(), sort_keys=True) for part in (geometry, config)), full)
 
 
-def trace_window(geometry: Geometry, config: LawcatConfig) -> Template:
-    """The mask that all layers share when there is a window."""
-    return _trace_window(*_key(geometry, config))
+def example_inputs(module: DecoderLayer, batch: int = 2, tokens: int = 3, slots: int = 8) -> dict[str, Any]:
+    """Zeros of the shapes of ``module.forward``, which take no memory."""
+    g, c = module.geometry, module.config
+    B, T, H, G, d = batch, tokens, g.num_heads, g.num_kv_heads, g.head_dim
+    full = "conv_taps" not in module.shapes()
 
+    def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.zeros((), dtype=dtype).expand(shape)
 
-def _key(*settings: Geometry | LawcatConfig) -> list[str]:
-    return [json.dumps(part.to_dict(), sort_keys=True) for part in settings]
+    state, inputs = {}, {}
+    if not full:
+        state["conv_state"] = zeros(B, 2 * H * d, c.conv_kernel - 1)
+        state["recurrent_state"] = zeros(B, H, c.key_dim, d + 1)
+    if full or c.window:
+        name = "full" if full else "window"
+        state |= {kind: zeros(B, G, slots, d) for kind in ("key", "value")}
+        inputs[f"{name}_seqlens_k"] = zeros(B, dtype=torch.int32)
+        inputs[f"{name}_total"] = zeros(dtype=torch.int32)
+    if full or c.window or c.rope:
+        inputs |= {kind: zeros(slots, d // 2) for kind in ("cos_cache", "sin_cache")}
+        inputs["position_ids"] = zeros(B, T, dtype=torch.int64)
+    tensors = {name: zeros(*shape) for name, shape in module.shapes().items()}
+    hidden = zeros(B, T, g.hidden_size)
+    return {"x": hidden, "h": hidden.clone(), "tensors": tensors, "state": state, "inputs": inputs}
 
 
 # A trace takes seconds; several schemes of one model share it
 @functools.lru_cache(maxsize=8)
-def _trace_layer(geometry: str, config: str) -> Template:
+def _trace_layer(geometry: str, config: str, full: bool) -> Template:
     g, c = Geometry.from_dict(json.loads(geometry)), LawcatConfig.from_dict(json.loads(config))
-    B, T, P = 2, 3, c.window - 1
-    module = StepLayer(g, c).eval()
+    module = layer_module(g, c, full).eval()
+    arguments = example_inputs(module)
     batch, tokens = torch.export.Dim("B"), torch.export.Dim("T")
-    x, x_dims = torch.zeros(B, T, g.hidden_size), {0: batch, 1: tokens}
-    extra: dict[str, torch.Tensor] = {}
-    dims: dict[str, Any] = {}
-    if c.rope or c.window:
-        for name in ("rotary_cos", "rotary_sin"):
-            extra[name], dims[name] = torch.zeros(T, g.head_dim // 2), {0: tokens}
-    if c.window:
-        rows = g.groups * tokens if g.groups > 1 else tokens
-        extra["window_mask"] = torch.zeros(g.groups * T, P + T)
-        dims["window_mask"] = {0: rows, 1: tokens + P if P else tokens}
-        extra["tokens"], dims["tokens"] = torch.zeros(1, dtype=torch.int64), {}
-        for name, width in (("window_key", g.head_dim), ("window_value", g.head_dim + 1)) if P else ():
-            extra[name], dims[name] = torch.zeros(B, g.num_kv_heads, P, width), {0: batch}
-    kwargs = {
-        "x": x,
-        "h": x.clone(),
-        "conv_state": torch.zeros(B, 2 * g.query_width, c.conv_kernel - 1),
-        "recurrent_state": torch.zeros(B, g.num_heads, c.key_dim, g.head_dim + 1),
-        "extra": extra,
-    }
-    shapes = {
-        "x": x_dims,
-        "h": x_dims,
+    slots, rows = torch.export.Dim("C", min=2), torch.export.Dim("R", min=2)
+    own: dict[str, dict[int, Any]] = {
         "conv_state": {0: batch},
         "recurrent_state": {0: batch},
-        "extra": dims,
+        "key": {0: batch, 2: slots},
+        "value": {0: batch, 2: slots},
+        "cos_cache": {0: rows},
+        "sin_cache": {0: rows},
+        "position_ids": {0: batch, 1: tokens},
+        "window_seqlens_k": {0: batch},
+        "full_seqlens_k": {0: batch},
     }
-    graph = _export(module, kwargs, shapes)
-    return Template(graph, frozenset(name for name, _ in module.named_parameters()))
-
-
-@functools.lru_cache(maxsize=8)
-def _trace_window(geometry: str, config: str) -> Template:
-    module = WindowInputs(
-        Geometry.from_dict(json.loads(geometry)), LawcatConfig.from_dict(json.loads(config))
-    ).eval()
-    kwargs = {
-        "input_ids": torch.zeros(2, 3, dtype=torch.int64),
-        "window_fill": torch.zeros(1, dtype=torch.int64),
+    groups = ("tensors", "state", "inputs")
+    shapes = {
+        **{name: {0: batch, 1: tokens} for name in HIDDEN},
+        **{group: {name: own.get(name, {}) for name in arguments[group]} for group in groups},
     }
-    shapes = {"input_ids": {0: torch.export.Dim("B"), 1: torch.export.Dim("T")}, "window_fill": {}}
-    graph = _export(module, kwargs, shapes)
-    assert len(graph.outputs) == len(WINDOW_INPUTS)
-    return Template(graph)
+    graph = _export(module, arguments, shapes)
+    names = [("hidden", name) for name in HIDDEN]
+    names += [(group, name) for group in groups for name in arguments[group]]
+    assert len(graph.inputs) == len(names), [value.name for value in graph.inputs]
+    return Template(graph, tuple(names))
 
 
 def _export(module: torch.nn.Module, kwargs: dict[str, Any], shapes: dict[str, Any]) -> ir.Graph:
     with _quiet():
         program = torch.onnx.export(
-            module, (), kwargs=kwargs, dynamic_shapes=shapes, dynamo=True, opset_version=OPSET, verbose=False
+            module,
+            (),
+            kwargs=kwargs,
+            dynamic_shapes=shapes,
+            dynamo=True,
+            opset_version=OPSET,
+            custom_translation_table=translations(),
+            verbose=False,
         )
     assert program is not None
     graph = program.model.graph

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lawcat_edge.runtime.context import Context, Generation, Result
+from lawcat_edge.runtime.context import Generation, Result
+from lawcat_edge.runtime.state import State
 from lawcat_edge.runtime.stats import peak_memory
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def run(model: Model, prompts: Sequence[Prompt], requests: Sequence[Request]) -> list[Result]:
-    """Read each prompt by itself, then decode in groups; results in the order of the prompts."""
+    """Read each prompt by itself, then decode all together; results in the order of the prompts."""
     from lawcat_edge.runtime.model import Writer
 
     writers: list[Writer] = []
@@ -38,12 +39,8 @@ def run(model: Model, prompts: Sequence[Prompt], requests: Sequence[Request]) ->
             assert logits is not None
             texts.append([writer.choose(logits[0])])
         writers.append(writer)
-    groups: dict[int, list[int]] = {}
-    for i, writer in enumerate(writers):
-        if not writer.done:
-            groups.setdefault(_key(model, writer.context), []).append(i)
-    for members in groups.values():
-        _decode(model, [(writers[i], texts[i]) for i in members])
+    if rows := [(writer, parts) for writer, parts in zip(writers, texts, strict=True) if not writer.done]:
+        _decode(model, rows)
     results = []
     for writer, parts in zip(writers, texts, strict=True):
         generation, stats = writer.generation, writer.generation.stats
@@ -54,18 +51,10 @@ def run(model: Model, prompts: Sequence[Prompt], requests: Sequence[Request]) ->
     return results
 
 
-def _key(model: Model, context: Context) -> int:
-    """Texts with the same key can share a step: positions enter the graph only by what is named here."""
-    manifest = model.bundle.manifest
-    if manifest.rope:
-        return context.fed
-    return min(context.fed, max(0, manifest.window - 1))
-
-
 def _decode(model: Model, rows: list) -> None:
-    state = model.engine.stack([writer.context.state for writer, _ in rows])
+    state = State.stack([writer.context.state for writer, _ in rows])
     for writer, _ in rows:
-        writer.context.state = state  # frees the single ones; the positions below are the group's
+        writer.context.state = state  # frees the single ones
     begin = time.perf_counter()
     while rows:
         ids = np.array([[writer.context.tokens[-1]] for writer, _ in rows], np.int64)

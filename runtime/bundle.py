@@ -21,7 +21,7 @@ from lawcat_edge.runtime.errors import CheckFailed, LawcatError
 from lawcat_edge.runtime.onnx_check import MAX_MODEL_BYTES, ModelSummary, check_model
 
 MANIFEST = "lawcat_bundle.json"
-FORMAT = 2  # since 2: the window's keys are rotated, its values have their one, query heads another order
+FORMAT = 3  # since 3: keys and values in buffers that grow, full-attention layers, query heads in order
 OPS = ("ort", "onnx", "portable")
 # The graphs a flavour may have, all over one weights file. last: logits of the last position; all: of every
 # position. step and chunk: as last, with B = 1 and a fixed T, for runtimes without dynamic shapes. genai: as
@@ -45,19 +45,33 @@ _GEOMETRY_CAPS = {
     "vocab_size": 1 << 22,
 }
 _LAWCAT_CAPS = {"conv_kernel": 16, "feature_dim": 1024}
+LAYER_TYPES = ("linear_attention", "full_attention")
+WINDOW_SCALINGS = ("max_score", "softmax")
+MAX_SPAN = 1 << 24
+TOKENS = "tokens"  # the axis of a buffer along which it grows
 
 
 @dataclass(frozen=True)
 class StateTensor:
-    """One tensor of the recurrent state: its graph input and output, its shape without the batch, float32."""
+    """One tensor of the state: its graph input and output, its shape without the batch, float32.
+
+    buffer: "window" or "full" for keys or values, whose shape is (G, TOKENS, d): one row a token, in slots
+    from 0 on; as many slots as the runner likes. "" for a tensor of constant size.
+    """
 
     input: str
     output: str
-    shape: tuple[int, ...]
+    shape: tuple[int | str, ...]
+    buffer: str = ""
     dtype: str = "float32"
 
+    def sizes(self, rows: int = 0) -> tuple[int, ...]:
+        """Its shape with this many rows, where it is a buffer."""
+        return tuple(rows if isinstance(size, str) else size for size in self.shape)
+
     def to_dict(self) -> dict[str, Any]:
-        return {"input": self.input, "output": self.output, "shape": ["B", *self.shape], "dtype": self.dtype}
+        data = {"input": self.input, "output": self.output, "shape": ["B", *self.shape], "dtype": self.dtype}
+        return data | ({"buffer": self.buffer} if self.buffer else {})
 
 
 @dataclass(frozen=True)
@@ -113,18 +127,31 @@ class Manifest:
         return bool(self.lawcat.get("rope", False))
 
     @property
+    def full_attention_layers(self) -> tuple[int, ...]:
+        kinds = self.lawcat.get("layer_types", [])
+        return tuple(i for i, kind in enumerate(kinds) if kind == LAYER_TYPES[1])
+
+    @cached_property
+    def spans(self) -> dict[str, int]:
+        """Tokens that a layer with buffers of each kind sees, the newest included."""
+        return expected_spans(self.geometry, self.lawcat)
+
+    @property
     def rotary(self) -> bool:
         """Whether the graphs take the rotary tables of the tokens' positions."""
-        return self.rope or self.window > 0
+        return self.rope or bool(self.spans)
 
     @property
     def eos(self) -> list[int]:
         return list(self.tokens["eos"])
 
-    @property
-    def state_bytes(self) -> int:
-        """Bytes of the state of one sequence, whatever its length."""
-        return sum(4 * _product(tensor.shape) for tensor in self.state)
+    def kept(self, buffer: str, tokens: int) -> int:
+        """Rows of a buffer that a text of so many tokens goes on from: the others are never seen again."""
+        return min(tokens, self.spans[buffer] - 1)
+
+    def state_bytes(self, tokens: int | None = None) -> int:
+        """Bytes of the state of one text of so many tokens, as a snapshot holds it; None: at most."""
+        return state_bytes(self.state, self.spans, tokens)
 
     def to_dict(self) -> dict[str, Any]:
         data = {key: getattr(self, key) for key in _ORDER}
@@ -178,6 +205,17 @@ class Manifest:
         _whole(self.lawcat.get("window", 0), "lawcat.window", 0, 8192)
         if type(self.lawcat.get("rope", False)) is not bool:
             raise _bad("lawcat.rope", "must be true or false")
+        if self.lawcat.get("window_scaling", WINDOW_SCALINGS[0]) not in WINDOW_SCALINGS:
+            raise _bad("lawcat.window_scaling", f"must be one of {', '.join(WINDOW_SCALINGS)}")
+        kinds, count = self.lawcat.get("layer_types", []), self.geometry["num_layers"]
+        if not isinstance(kinds, list) or len(kinds) not in (0, count):
+            raise _bad("lawcat.layer_types", f"must name the {count} layers or none")
+        if not all(isinstance(kind, str) and kind in LAYER_TYPES for kind in kinds):
+            raise _bad("lawcat.layer_types", f"must be {' or '.join(LAYER_TYPES)} each")
+        least, most = (1, MAX_SPAN) if LAYER_TYPES[1] in kinds else (0, 0)
+        _whole(self.lawcat.get("attention_span", 0), "lawcat.attention_span", least, most)
+        if self.geometry.get("sliding_window") is not None:
+            _whole(self.geometry["sliding_window"], "geometry.sliding_window", 1, 1 << 31)
         _text(self.geometry.get("family", ""), "geometry.family")
         if self.geometry["num_heads"] % self.geometry["num_kv_heads"]:
             raise _bad("geometry.num_kv_heads", "does not divide num_heads")
@@ -223,13 +261,12 @@ class Manifest:
             raise _bad("state", "names a tensor twice")
         for tensor in expected:
             if got.get(tensor.input) != tensor:
-                raise _bad(
-                    "state", f"does not have {tensor.input} of shape [B, {str(tensor.shape)[1:-1]}] float32"
-                )
+                shape = ", ".join(map(str, tensor.shape))
+                raise _bad("state", f"does not have {tensor.input} of shape [B, {shape}] float32")
         if len(got) != len(expected):
             raise _bad("state", f"has {len(got)} tensors where the geometry gives {len(expected)}")
-        if self.state_bytes > MAX_STATE_BYTES:
-            raise _bad("state", f"would take {self.state_bytes:,} bytes")
+        if self.state_bytes() > MAX_STATE_BYTES:
+            raise _bad("state", f"would take up to {self.state_bytes():,} bytes")
 
     def _check_source_and_tokens(self) -> None:
         _text(self.source.get("teacher"), "source.teacher")
@@ -254,24 +291,64 @@ _ORDER = (
 def expected_state(geometry: dict[str, Any], lawcat: dict[str, Any]) -> list[StateTensor]:
     """The state tensors the graph contract prescribes, layer by layer.
 
-    conv_state [B, 2 H d, K-1] (q channels, then repeated k channels), recurrent_state [B, H, F, d+1],
-    and with a window w: window_key [B, G, w-1, d] (rotated at their positions) and
-    window_value [B, G, w-1, d+1] (the last column is one), newest last. Query heads come in the order
-    0, g, 2g, .., 1, g+1, .. with g = H / G.
+    A linear-attention layer has conv_state [B, 2 H d, K-1] (q channels, then repeated k channels) and
+    recurrent_state [B, H, F, d+1], and with a window key and value. A full-attention layer has key and value
+    [B, G, tokens, d] alone, keys rotated at their positions.
     """
     H, G, d = geometry["num_heads"], geometry["num_kv_heads"], geometry["head_dim"]
-    shapes = {
+    fixed: dict[str, tuple[int | str, ...]] = {
         "conv_state": (2 * H * d, lawcat["conv_kernel"] - 1),
         "recurrent_state": (H, 2 * lawcat["feature_dim"], d + 1),
     }
-    if lawcat.get("window", 0) > 1:
-        shapes["window_key"] = (G, lawcat["window"] - 1, d)
-        shapes["window_value"] = (G, lawcat["window"] - 1, d + 1)
-    return [
-        StateTensor(f"past_key_values.{i}.{kind}", f"present.{i}.{kind}", shape)
-        for i in range(geometry["num_layers"])
-        for kind, shape in shapes.items()
-    ]
+    kinds = lawcat.get("layer_types") or [LAYER_TYPES[0]] * geometry["num_layers"]
+    state = []
+    for i, kind in enumerate(kinds):
+        full = kind == LAYER_TYPES[1]
+        buffer = "full" if full else "window" if lawcat.get("window", 0) else ""
+        names = [(name, shape, "") for name, shape in fixed.items() if not full]
+        names += [(name, (G, TOKENS, d), buffer) for name in ("key", "value") if buffer]
+        state += [
+            StateTensor(f"past_key_values.{i}.{name}", f"present.{i}.{name}", shape, own)
+            for name, shape, own in names
+        ]
+    return state
+
+
+def expected_spans(geometry: dict[str, Any], lawcat: dict[str, Any]) -> dict[str, int]:
+    """Tokens that a layer with buffers of each kind sees: those of the window, and of full attention."""
+    kinds = lawcat.get("layer_types") or [LAYER_TYPES[0]]
+    spans = {}
+    if lawcat.get("window", 0) and LAYER_TYPES[0] in kinds:
+        spans["window"] = lawcat["window"]
+    if LAYER_TYPES[1] in kinds:
+        span = lawcat["attention_span"]
+        spans["full"] = min(span, geometry.get("sliding_window") or span)
+    return spans
+
+
+def state_bytes(state: Iterable[StateTensor], spans: dict[str, int], tokens: int | None = None) -> int:
+    """Bytes of the state after so many tokens: what a text goes on from. None: at most."""
+    total = 0
+    for tensor in state:
+        most = spans[tensor.buffer] - 1 if tensor.buffer else 0
+        total += 4 * _product(tensor.sizes(most if tokens is None else min(tokens, most)))
+    return total
+
+
+def state_sizes(state: Iterable[StateTensor], spans: dict[str, int]) -> dict[str, int]:
+    """Bytes of the state of one text before its first token, after 8,192 tokens, and at most."""
+    tensors = list(state)
+    return {
+        name: state_bytes(tensors, spans, n) for name, n in (("empty", 0), ("8192", 8192), ("most", None))
+    }
+
+
+def describe_state(sizes: dict[str, int]) -> str:
+    """``state_sizes`` in words."""
+    empty, later, most = (f"{sizes[key] / 1e6:.2f} MB" for key in ("empty", "8192", "most"))
+    if sizes["empty"] == sizes["most"]:
+        return f"{most} a text, whatever its length"
+    return f"{empty} before the first token, {later} after 8,192, {most} at most"
 
 
 class Bundle:
@@ -459,16 +536,21 @@ class _Reader:
 
 def _state_tensor(data: Any, index: int) -> StateTensor:
     where = f"state[{index}]"
-    if not isinstance(data, dict) or set(data) != {"input", "output", "shape", "dtype"}:
+    if not isinstance(data, dict) or set(data) - {"buffer"} != {"input", "output", "shape", "dtype"}:
         raise _bad(where, "must give input, output, shape and dtype")
     shape = data["shape"]
     if not isinstance(shape, list) or not 2 <= len(shape) <= 8 or shape[0] != "B":
         raise _bad(f"{where}.shape", 'must begin with "B"')
-    sizes = tuple(_whole(size, f"{where}.shape", 1, 1 << 24) for size in shape[1:])
+    sizes = tuple(
+        size if size == TOKENS else _whole(size, f"{where}.shape", 1, 1 << 24) for size in shape[1:]
+    )
     if data["dtype"] != "float32":
         raise _bad(f"{where}.dtype", "must be float32: error in a smaller state accumulates")
     return StateTensor(
-        _text(data["input"], f"{where}.input"), _text(data["output"], f"{where}.output"), sizes
+        _text(data["input"], f"{where}.input"),
+        _text(data["output"], f"{where}.output"),
+        sizes,
+        _text(data.get("buffer", ""), f"{where}.buffer"),
     )
 
 

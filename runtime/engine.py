@@ -1,9 +1,9 @@
-"""onnxruntime behind a bundle: tokens and state in, logits and state out, at constant memory.
+"""onnxruntime behind a bundle: tokens and state in, logits and state out.
 
 The state lives in numpy arrays that are bound to the session as inputs *and* outputs, so a step allocates
 and copies nothing. A tensor is updated in place only where the graph's only reader of the old value is the
-operator that writes the new one (LinearAttention and CausalConvWithState of com.microsoft, whose CPU kernels
-allow it); every other one alternates between two buffers.
+operator that writes the new one (LinearAttention, CausalConvWithState and GroupQueryAttention of
+com.microsoft, whose CPU kernels allow it); every other one alternates between two arrays.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from lawcat_edge.runtime.bundle import Bundle, StateTensor
 from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.runtime.onnx_check import ModelSummary
 from lawcat_edge.runtime.processor import physical_cores, saturates
+from lawcat_edge.runtime.state import State, aligned
 
 _CHUNK = 256
 # The portable graph has tensors of every pair of tokens of a call, [B,H,T,T,F]: of 151 MB each at 256 tokens,
@@ -28,7 +29,7 @@ PORTABLE_CHUNK = 32
 _KINDS = ("last", "all", "step", "chunk", "ort_format")
 _IN_PLACE_KINDS = {"last", "all"}  # graphs whose operators are known, because the bundle's check reads them
 _FIXED = ("step", "chunk")
-_IN_PLACE = {"LinearAttention", "CausalConvWithState"}
+_IN_PLACE = {"LinearAttention", "CausalConvWithState", "GroupQueryAttention"}
 
 
 def default_chunk(window: int) -> int:
@@ -39,69 +40,6 @@ def default_chunk(window: int) -> int:
     window 256 are best (SmolLM2-135M, 32 to 256 tried).
     """
     return min(_CHUNK, max(64, window)) if window else _CHUNK
-
-
-class State:
-    """The recurrent state of `batch` sequences that are all `position` tokens long. Constant size."""
-
-    def __init__(self, tensors: Sequence[StateTensor], in_place: Sequence[bool], batch: int) -> None:
-        self.tensors = tuple(tensors)
-        self.in_place = tuple(in_place)
-        self.batch = batch
-        self.position = 0
-        self.arrays = [_aligned((batch, *tensor.shape)) for tensor in tensors]
-        self._spare = [
-            array if same else _aligned(array.shape)
-            for array, same in zip(self.arrays, in_place, strict=True)
-        ]
-        self._phase = 0
-        self.bindings: dict[tuple[str, int, int], _Call] = {}
-
-    @property
-    def nbytes(self) -> int:
-        return sum(array.nbytes for array in self.arrays)
-
-    @property
-    def targets(self) -> list[np.ndarray]:
-        """Where the next step writes (the same arrays where that is safe)."""
-        return self._spare
-
-    def advance(self, tokens: int) -> None:
-        self.arrays, self._spare = self._spare, self.arrays
-        if not all(self.in_place):
-            self._phase ^= 1
-        self.position += tokens
-
-    @property
-    def phase(self) -> int:
-        return self._phase
-
-    def rows(self, which: Sequence[int]) -> State:
-        """A new state of the sequences `which` (any number, any order); its memory is its own."""
-        other = State(self.tensors, self.in_place, len(which))
-        for mine, theirs in zip(self.arrays, other.arrays, strict=True):
-            theirs[...] = mine[list(which)]
-        other.position = self.position
-        return other
-
-    def clear(self) -> None:
-        """Back to the state before any token."""
-        for array in self.arrays:
-            array[...] = 0
-        self.position = 0
-
-    def copy(self) -> State:
-        return self.rows(range(self.batch))
-
-    @staticmethod
-    def stack(states: Sequence[State]) -> State:
-        """One state of all sequences of `states`, in order."""
-        first = states[0]
-        joined = State(first.tensors, first.in_place, sum(state.batch for state in states))
-        for i, array in enumerate(joined.arrays):
-            np.concatenate([state.arrays[i] for state in states], axis=0, out=array)
-        joined.position = max(state.position for state in states)
-        return joined
 
 
 class _Call:
@@ -181,26 +119,14 @@ class Engine:
         self._sessions.pop(kind, None)
 
     def new_state(self, batch: int = 1, kind: str = "last") -> State:
-        """The state before any token, zeros, for the graph ``kind``; one for ``last`` is one for ``all``."""
+        """The state before any token, for the graph ``kind``; one for ``last`` is one for ``all``."""
+        manifest = self.bundle.manifest
         in_place = self._in_place if kind in _IN_PLACE_KINDS else [False] * len(self._in_place)
-        return State(self.bundle.manifest.state, in_place, batch)
-
-    def stack(self, states: Sequence[State]) -> State:
-        """One state of all sequences, at the position of the longest: the others' window keys turn along.
-
-        Scores of a window depend on distances alone. A rotary linear branch has more than keys to turn: stack
-        only sequences of one length there.
-        """
-        joined, row = State.stack(states), 0
-        keys = [i for i, tensor in enumerate(joined.tensors) if tensor.input.endswith(".window_key")]
-        for state in states:
-            rows, ahead = slice(row, row + state.batch), joined.position - state.position
-            if ahead and keys:
-                assert self._frequencies is not None
-                for i in keys:
-                    joined.arrays[i][rows] = rotary.turn(joined.arrays[i][rows], self._frequencies, ahead)
-            row += state.batch
-        return joined
+        slots = None
+        if kind in _FIXED:
+            sizes = {item.name: item.shape for item in self._session(kind).get_inputs()}
+            slots = {t.buffer: int(sizes[t.input][2]) for t in manifest.state if t.buffer}
+        return State(manifest.state, in_place, batch, manifest.spans, slots)
 
     def forward(self, ids: np.ndarray, state: State, all_positions: bool = False) -> np.ndarray:
         """Feed ids [B,T], any T >= 1, updating `state`; logits float32 [B,V] of the last token, or [B,T,V].
@@ -223,6 +149,18 @@ class Engine:
         """One call of the graph ``kind`` (see ``kinds``); logits [B,T,V] of "all", else [B,1,V]."""
         self._check_tokens(ids, state)
         T = ids.shape[1]
+        state.make_room(T)
+        if state.batch > 1 and T > 1 and state.buffers and self.flavour == "ort":
+            # GroupQueryAttention takes several tokens beside earlier ones of one sequence alone
+            rows = [self._call(kind, ids[i : i + 1], state.row(i)).copy() for i in range(state.batch)]
+            logits = np.concatenate(rows)
+        else:
+            logits = self._call(kind, ids, state)
+        state.advance(T)
+        return logits
+
+    def _call(self, kind: str, ids: np.ndarray, state: State) -> np.ndarray:
+        T = ids.shape[1]
         key = (kind, T, state.phase)
         call = state.bindings.get(key)
         if call is None:
@@ -230,12 +168,11 @@ class Engine:
             if kind == "last" and T in (1, self.chunk):  # the lengths that repeat
                 state.bindings[key] = call
         call.ids[...] = ids
-        self._fill_extra(call, state, T)
+        state.fill_inputs(call.extra, self._frequencies)
         try:
             call.session.run_with_iobinding(call.binding)
         except Exception as error:
             raise LawcatError(f"onnxruntime failed to run the model: {_first_line(error)}.") from error
-        state.advance(T)
         return call.logits
 
     def _check_tokens(self, ids: np.ndarray, state: State) -> None:
@@ -259,26 +196,11 @@ class Engine:
         """Stop profiling (see profile_prefix) and return the trace's path."""
         return Path(self._sessions["last"].end_profiling())
 
-    def _fill_extra(self, call: _Call, state: State, T: int) -> None:
-        if "window_fill" in call.extra:
-            call.extra["window_fill"][0] = min(state.position, self.bundle.manifest.window - 1)
-        if "rotary_cos" in call.extra:
-            assert self._frequencies is not None
-            angle = rotary.angles(self._frequencies, state.position, T)
-            np.cos(angle, out=call.extra["rotary_cos"], casting="same_kind")
-            np.sin(angle, out=call.extra["rotary_sin"], casting="same_kind")
-
     def _bind(self, kind: str, T: int, state: State) -> _Call:
         session = self._session(kind)
-        names = {item.name for item in session.get_inputs()}
         ids = np.zeros((state.batch, T), np.int64)
-        logits = _aligned((state.batch, T if kind == "all" else 1, self.vocab_size))
-        extra: dict[str, np.ndarray] = {}
-        if "window_fill" in names:
-            extra["window_fill"] = np.zeros(1, np.int64)
-        if "rotary_cos" in names:
-            d = self.bundle.manifest.geometry["head_dim"]
-            extra["rotary_cos"], extra["rotary_sin"] = np.zeros((2, T, d), np.float32)
+        logits = aligned((state.batch, T if kind == "all" else 1, self.vocab_size))
+        extra = state.new_inputs(T, self._frequencies)
         binding = session.io_binding()
         inputs = [("input_ids", ids), *extra.items()]
         inputs += [(t.input, array) for t, array in zip(state.tensors, state.arrays, strict=True)]
@@ -334,15 +256,17 @@ class Engine:
             B, T = 1, lengths[0]
         inputs: dict[str, tuple[str, tuple[int | None, ...]]] = {"input_ids": ("tensor(int64)", (B, T))}
         if manifest.rotary:
-            for key in ("rotary_cos", "rotary_sin"):
-                inputs[key] = ("tensor(float)", (T, manifest.geometry["head_dim"]))
+            inputs["position_ids"] = ("tensor(int64)", (B, T))
+            for key in ("cos_cache", "sin_cache"):
+                inputs[key] = ("tensor(float)", (None, manifest.geometry["head_dim"] // 2))
         outputs: dict[str, tuple[str, tuple[int | None, ...]]] = {
             "logits": ("tensor(float)", (B, T if kind == "all" else 1, manifest.vocab_size))
         }
         for tensor in manifest.state:
-            inputs[tensor.input] = outputs[tensor.output] = ("tensor(float)", (B, *tensor.shape))
-        if manifest.window > 1:
-            inputs["window_fill"] = ("tensor(int64)", (1,))
+            sizes = tuple(None if isinstance(size, str) else size for size in tensor.shape)
+            inputs[tensor.input] = outputs[tensor.output] = ("tensor(float)", (B, *sizes))
+        for name in manifest.spans:
+            inputs[f"{name}_seqlens_k"] = ("tensor(int32)", (B,))
         for kind_of, expected, found in (
             ("input", inputs, session.get_inputs()),
             ("output", outputs, session.get_outputs()),
@@ -357,7 +281,8 @@ class Engine:
                     want is None or not isinstance(size, int) or size == want
                     for size, want in zip(sizes, shape, strict=True)
                 )
-                if got[key].type != dtype or not fits or isinstance(sizes[0], int) != (shape[0] is not None):
+                free = isinstance(sizes[0], int) != (shape[0] is not None) and "_cache" not in key
+                if got[key].type != dtype or not fits or free:
                     raise LawcatError(
                         f"{name}: {kind_of} {key!r} is {got[key].type} {sizes}, not {dtype} {list(shape)}; "
                         "export the bundle again."
@@ -405,14 +330,6 @@ def _in_place_is_safe(graph: ModelSummary, tensor: StateTensor) -> bool:
         # Nobody may read the new value either: it could meet the buffer of another step.
         and not any(tensor.output in node.inputs for node in graph.nodes)
     )
-
-
-def _aligned(shape: tuple[int, ...]) -> np.ndarray:
-    """Zeros, float32, on a 64-byte boundary as onnxruntime's own buffers are."""
-    count = int(np.prod(shape, dtype=np.int64))
-    raw = np.zeros(count * 4 + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start : start + count * 4].view(np.float32).reshape(shape)
 
 
 def _first_line(error: BaseException) -> str:

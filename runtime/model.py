@@ -200,7 +200,7 @@ class Model:
         context = context or self.context
         if not len(context):
             raise LawcatError("There is nothing to save yet; read or generate something first.")
-        tensors = [values[0].copy() for values in context.state.arrays]
+        tensors = context.state.tensors_of()
         snapshot = Snapshot(self.bundle.sha256, context.tokens[:], context.fed, tensors, context.to_extra())
         if path is not None:
             snapshot.save(path)
@@ -212,9 +212,7 @@ class Model:
         if snapshot.bundle_sha256 != self.bundle.sha256:
             raise LawcatError("The snapshot belongs to another bundle; load it with the bundle that made it.")
         context = self.new_context()
-        for values, saved in zip(context.state.arrays, snapshot.tensors, strict=True):
-            values[0] = saved
-        context.state.position = snapshot.fed
+        context.state.load(snapshot.tensors, snapshot.fed)
         context.tokens = snapshot.tokens[:]
         _restore_conversation(context, snapshot.extra)
         self.context = context

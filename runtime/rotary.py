@@ -1,4 +1,4 @@
-"""Rotary angles for bundles with a window, or whose linear branch keeps the rotary embedding (``rope``)."""
+"""Rotary angles for bundles with softmax attention, or a rotary linear branch (``rope``)."""
 
 from __future__ import annotations
 
@@ -44,14 +44,5 @@ def _finite(frequencies: np.ndarray) -> np.ndarray:
 
 
 def angles(frequencies: np.ndarray, start: int, count: int) -> np.ndarray:
-    """Angles of positions start .. start+count-1, float64 [count, d]: both halves of a head turn alike."""
-    half = np.arange(start, start + count, dtype=np.float64)[:, None] * frequencies
-    return np.concatenate([half, half], axis=1)
-
-
-def turn(keys: np.ndarray, frequencies: np.ndarray, by: int) -> np.ndarray:
-    """keys [..., d], rotated at some positions, as they are ``by`` positions later; float32."""
-    angle = angles(frequencies, by, 1)[0]
-    left, right = np.split(keys.astype(np.float64), 2, axis=-1)
-    turned = keys * np.cos(angle) + np.concatenate([-right, left], axis=-1) * np.sin(angle)
-    return turned.astype(np.float32)
+    """Angles of positions start .. start+count-1, float64 [count, d/2]: both halves of a head turn alike."""
+    return np.arange(start, start + count, dtype=np.float64)[:, None] * frequencies

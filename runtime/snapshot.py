@@ -1,8 +1,9 @@
 """A snapshot: the state after some text, in a file. Its size is that of the state, plus four bytes a token.
 
 Layout: ``LAWCATS1`` | u32 length of the header | header, JSON | tokens, u32 | tensors, float32 in the
-manifest's order | sha256 of all before. Little-endian throughout. The header names the bundle by its hash: a
-state means nothing to other weights, so a snapshot of another bundle is refused.
+manifest's order, of keys and values the rows that later tokens see | sha256 of all before. Little-endian
+throughout. The header names the bundle by its hash: a state means nothing to other weights, so a snapshot of
+another bundle is refused.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class Snapshot:
         """Read and check a snapshot made with `bundle`; LawcatError for another bundle's or a damaged one."""
         path = Path(path)
         manifest = bundle.manifest
-        limit = manifest.state_bytes + 4 * _MAX_TOKENS + _MAX_HEADER + 64
+        limit = manifest.state_bytes() + 4 * _MAX_TOKENS + _MAX_HEADER + 64
         data = memoryview(files.read_bytes(path, limit))
         if len(data) < 44 or data[:8] != MAGIC:
             raise LawcatError(f"{path} is not a snapshot; make one with --save-snapshot.")
@@ -91,10 +92,10 @@ class Snapshot:
         count, fed = header["tokens"], header["fed"]
         if type(count) is not int or type(fed) is not int or not 0 <= fed <= count <= _MAX_TOKENS:
             raise LawcatError(f"{path} has wrong token counts; make it again.")
-        shapes = [list(tensor.shape) for tensor in manifest.state]
-        if header["shapes"] != shapes or not isinstance(header["extra"], dict):
+        shapes = [t.sizes(manifest.kept(t.buffer, fed) if t.buffer else 0) for t in manifest.state]
+        if header["shapes"] != [list(shape) for shape in shapes] or not isinstance(header["extra"], dict):
             raise LawcatError(f"{path} has tensors of other shapes than the bundle's state; make it again.")
-        if len(data) != 12 + size + 4 * count + manifest.state_bytes + 32:
+        if len(data) != 12 + size + 4 * count + manifest.state_bytes(fed) + 32:
             raise LawcatError(
                 f"{path} has {len(data):,} bytes, which is not what its header says; make it again."
             )
@@ -106,8 +107,8 @@ class Snapshot:
         tokens.frombytes(ids.astype(np.uint32).tobytes())
         at += 4 * count
         tensors = []
-        for tensor in manifest.state:
-            values = np.frombuffer(data, "<f4", int(np.prod(tensor.shape)), at).reshape(tensor.shape)
+        for tensor, shape in zip(manifest.state, shapes, strict=True):
+            values = np.frombuffer(data, "<f4", int(np.prod(shape)), at).reshape(shape)
             if not np.isfinite(values).all():
                 raise LawcatError(
                     f"{path} holds numbers that are not finite in {tensor.input}; make it again."

@@ -14,6 +14,7 @@ from lawcat_edge.config import LawcatConfig
 from lawcat_edge.export.verify import compare, replay
 from lawcat_edge.runtime.bundle import Bundle
 from lawcat_edge.runtime.engine import Engine
+from lawcat_edge.runtime.state import State
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -23,6 +24,7 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+HYBRID: dict[str, Any] = {"layer_types": ("full_attention", "linear_attention"), "attention_span": 33}
 CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("llama", {}, {}),
     ("llama", {"window": 8}, {"attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3}),
@@ -32,6 +34,11 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("qwen2", {"window": 17, "feature_dim": 3}, {"num_attention_heads": 4, "num_key_value_heads": 2}),
     ("qwen3", {"gate_rank": 5}, {"tie_word_embeddings": False, "attention_bias": True}),
     ("qwen3", {"window": 6, "rope": True}, {"num_attention_heads": 4, "num_key_value_heads": 2}),
+    # layers with full attention, whose span is passed within the text, or not
+    ("llama", {"window": 5, "window_scaling": "softmax", **HYBRID}, {"rope_parameters": LLAMA3}),
+    ("mistral", {**HYBRID, "attention_span": 60}, {"sliding_window": 11, "num_key_value_heads": 3}),
+    ("qwen2", {"window": 7, **HYBRID}, {"num_attention_heads": 4, "num_key_value_heads": 2}),
+    ("qwen3", {"window": 4, "rope": True, **HYBRID, "attention_span": 1000}, {"attention_bias": True}),
 ]
 
 
@@ -43,10 +50,10 @@ def test_fp32_bundle_equals_torch(
     teacher, model, adapter = make_student(tmp_path / "t", family, config, lora=2, **changes)
     report = make_bundle(teacher, model, adapter, tmp_path / "b", verify=False)
     engine = Engine(Bundle.open(tmp_path / "b"))
-    # a text of more than three windows, cut in the middle of everything
-    tokens = np.random.default_rng(0).integers(0, 257, 120)
+    # a text of more than three windows, cut in the middle of everything; buffers are cleared twice
+    tokens = np.random.default_rng(0).integers(0, 257, 220)
     reference = logits_of(model, tokens)
-    for pieces in ([120], [1] * 120, [3, 1, 40, 2, 1, 64, 9]):
+    for pieces in ([220], [1] * 220, [3, 1, 40, 2, 1, 64, 9, 1, 1, 98]):
         agreement = compare(reference, replay(engine, tokens, pieces))
         assert agreement.rel_err < 3e-5, (pieces, agreement)
     assert report["bytes"] == Bundle.open(tmp_path / "b").bytes_on_disk + _manifest_size(tmp_path / "b")
@@ -67,9 +74,10 @@ def test_torch_is_not_insensitive(tmp_path: Path) -> None:
         assert compare(reference, got).rel_err > 3e-5, name
 
 
-def test_long_text_with_a_window(tmp_path: Path) -> None:
+@pytest.mark.parametrize("hybrid", [{}, {**HYBRID, "attention_span": 300}], ids=["pure", "hybrid"])
+def test_long_text_with_a_window(tmp_path: Path, hybrid: dict[str, Any]) -> None:
     """After ten thousand tokens the logits still follow torch: positions stay right past any length."""
-    config = LawcatConfig(feature_dim=8, window=8, rope=True)
+    config = LawcatConfig(feature_dim=8, window=8, rope=True, **hybrid)
     teacher, model, adapter = make_student(tmp_path / "t", config=config)
     make_bundle(teacher, model, adapter, tmp_path / "b", verify=False)
     engine = Engine(Bundle.open(tmp_path / "b"), chunk=512)
@@ -97,19 +105,24 @@ def test_extreme_gates(tmp_path: Path) -> None:
 
 def test_batch_of_texts(tmp_path: Path) -> None:
     """Sequences of a batch do not see each other."""
-    config = LawcatConfig(feature_dim=8, window=3)
+    config = LawcatConfig(feature_dim=8, window=3, **HYBRID)
     teacher, model, adapter = make_student(tmp_path / "t", config=config)
-    make_bundle(teacher, model, adapter, tmp_path / "b", verify=False)
-    engine = Engine(Bundle.open(tmp_path / "b"))
+    make_bundle(teacher, model, adapter, tmp_path / "b", verify=False, ops=("ort", "portable"))
     tokens = np.random.default_rng(0).integers(0, 257, (3, 40))
-    got = engine.forward(tokens, engine.new_state(3), all_positions=True)
-    for row in range(3):
-        assert compare(logits_of(model, tokens[row]), got[row]).rel_err < 3e-5
+    for flavour in ("ort", "portable"):
+        engine = Engine(Bundle.open(tmp_path / "b"), flavour=flavour)
+        state, got = engine.new_state(3), []
+        for start, stop in ((0, 25), (25, 26), (26, 40)):
+            got.append(engine.forward(tokens[:, start:stop], state, all_positions=True).copy())
+        for row in range(3):
+            agreement = compare(logits_of(model, tokens[row]), np.concatenate(got, 1)[row])
+            assert agreement.rel_err < 3e-5, (flavour, row)
 
 
-def test_texts_of_different_lengths_share_a_step(tmp_path: Path) -> None:
-    """Stored keys were rotated at each text's own positions; stacked, they turn to those of the longest."""
-    config = LawcatConfig(feature_dim=8, window=6)
+@pytest.mark.parametrize("rope", [False, True])
+def test_texts_of_different_lengths_share_a_step(tmp_path: Path, rope: bool) -> None:
+    """Every row of a batch has positions and filled slots of its own."""
+    config = LawcatConfig(feature_dim=8, window=6, rope=rope, **HYBRID)
     teacher, model, adapter = make_student(tmp_path / "t", config=config)
     make_bundle(teacher, model, adapter, tmp_path / "b", verify=False)
     engine = Engine(Bundle.open(tmp_path / "b"))
@@ -117,8 +130,8 @@ def test_texts_of_different_lengths_share_a_step(tmp_path: Path) -> None:
     states = [engine.new_state() for _ in texts]
     for text, state in zip(texts, states, strict=True):
         engine.prefill(text[:-8], state)
-    state = engine.stack(states)
-    assert state.position == 700
+    state = State.stack(states)
+    assert state.positions.tolist() == [9, 700, 30]
     for i in range(8):
         logits = engine.forward(np.array([[text[i - 8]] for text in texts]), state).copy()
         for row, text in enumerate(texts):

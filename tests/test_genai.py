@@ -35,10 +35,13 @@ while not generator.is_done():
 text = [int(token) for token in tokenizer.encode("ships and boats")]
 print(json.dumps({"tokens": tokens, "text": text, "version": og.__version__}))
 """
+HYBRID: dict[str, Any] = {"layer_types": ("linear_attention", "full_attention"), "attention_span": 30}
 CASES: list[tuple[str, str, dict[str, Any]]] = [
     ("int8", "ort", {}),
     ("int8", "ort", {"window": 5, "rope": True}),
     ("int8", "portable", {"window": 5}),
+    ("int8", "ort", {"window": 5, **HYBRID}),
+    ("int8", "portable", {"window": 1, **HYBRID}),
 ]
 
 
@@ -88,7 +91,10 @@ def test_a_graph_of_its_own_only_where_it_is_needed(tmp_path: Path) -> None:
         engine.run("genai", np.zeros((1, 1), np.int64), engine.new_state())
 
 
-@pytest.mark.parametrize(("ops", "settings"), [("ort", {"rope": True}), ("onnx", {"window": 2})])
+@pytest.mark.parametrize(
+    ("ops", "settings"),
+    [("ort", {"rope": True}), ("onnx", {"window": 2}), ("onnx", {"window": 9, **HYBRID}), ("ort", HYBRID)],
+)
 def test_the_adapted_graph_is_the_same_function(tmp_path: Path, ops: str, settings: dict[str, Any]) -> None:
     bundle = Bundle.open(make(tmp_path, "fp32", ops, settings))
     engine = Engine(bundle, threads=1)
@@ -107,7 +113,7 @@ def test_the_adapted_graph_keeps_positions_past_any_length(tmp_path: Path) -> No
     engine = Engine(bundle, threads=1)
     state = engine.new_state()
     tokens = np.random.default_rng(0).integers(0, 257, 40)
-    state.position = 100_000
+    state.load([np.zeros(tensor.sizes(4), np.float32) for tensor in bundle.manifest.state], 100_000)
     wanted = [engine.forward(tokens[None, i : i + 1], state)[0].copy() for i in range(40)]
     got = genai.replay(bundle.path(genai.GRAPH), tokens, [1] * 40, start=100_000)
     np.testing.assert_allclose(got, np.stack(wanted), atol=2e-5 * np.abs(wanted).max())

@@ -20,9 +20,11 @@ from lawcat_edge.export import mobile
 from lawcat_edge.export.exporter import MIN_ONNXRUNTIME
 from lawcat_edge.runtime import Bundle, Engine, LawcatError, Model, rotary
 from lawcat_edge.runtime.bundle import describe_files
+from lawcat_edge.runtime.state import State
 from lawcat_edge.runtime.verify import verify
 
 PROMPT = list(range(40, 60))
+HYBRID: dict[str, Any] = {"layer_types": ("full_attention", "linear_attention"), "attention_span": 25}
 
 
 def make(folder: Path, scheme: str, ops: tuple[str, ...], **settings: Any) -> Path:
@@ -36,29 +38,22 @@ def make(folder: Path, scheme: str, ops: tuple[str, ...], **settings: Any) -> Pa
 
 @pytest.fixture(scope="module")
 def int8(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make(tmp_path_factory.mktemp("mobile"), "int8", ("ort", "portable"), window=5)
+    return make(tmp_path_factory.mktemp("mobile"), "int8", ("ort", "portable"), window=5, **HYBRID)
 
 
 def greedy(path: Path, manifest: Any, count: int) -> list[int]:
     """As an app does: the file alone, plain arrays, token after token."""
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     names = [item.name for item in session.get_outputs()]
-    state = {tensor.input: np.zeros((1, *tensor.shape), np.float32) for tensor in manifest.state}
-    ids, read = list(PROMPT), 0
+    tensors = manifest.state
+    state = State(tensors, [False] * len(tensors), 1, manifest.spans)
+    frequencies = rotary.inverse_frequencies(manifest.geometry) if manifest.rotary else None
+    ids = list(PROMPT)
     tokens: list[int] = []
     while len(tokens) < count:
-        feeds = {"input_ids": np.array([ids], np.int64), **state}
-        if manifest.window > 1:
-            feeds["window_fill"] = np.array([min(read, manifest.window - 1)], np.int64)
-        if manifest.rotary:
-            angles = rotary.angles(rotary.inverse_frequencies(manifest.geometry), read, len(ids))
-            feeds |= {
-                "rotary_cos": np.cos(angles).astype(np.float32),
-                "rotary_sin": np.sin(angles).astype(np.float32),
-            }
+        feeds = state.feeds(np.array([ids], np.int64), frequencies)
         out = dict(zip(names, session.run(names, feeds), strict=True))
-        read += len(ids)
-        state = {tensor.input: out[tensor.output] for tensor in manifest.state}
+        state.take(out, len(ids))
         ids = [int(out["logits"][0, -1].argmax())]
         tokens += ids
     return tokens

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import onnx
 import pytest
 from tiny_bundle import build_tiny_bundle, rewrite_manifest
 
-from lawcat_edge.runtime.bundle import Bundle, describe_files
+from lawcat_edge.runtime.bundle import Bundle, describe_files, expected_state, state_sizes
 from lawcat_edge.runtime.engine import Engine
 from lawcat_edge.runtime.errors import CheckFailed, LawcatError
 from lawcat_edge.runtime.onnx_check import check_model
@@ -38,7 +39,7 @@ def test_a_whole_bundle_passes(whole: Path) -> None:
     checks = verify(whole)
     assert [check.name for check in checks] == ["files", "tensors", "text", "parity (ort)"]
     opened = Bundle.open(whole)
-    assert opened.manifest.state_bytes == 2 * 4 * (64 * 3 + 2 * 16 * 17)
+    assert opened.manifest.state_bytes() == 2 * 4 * (64 * 3 + 2 * 16 * 17)
     assert opened.path("model.onnx").is_file()
     with pytest.raises(LawcatError, match="no file"):
         opened.path("../secret")
@@ -96,6 +97,76 @@ def test_every_field_of_the_manifest_is_checked(bundle: Path, change: Any) -> No
     rewrite_manifest(bundle, change)
     with pytest.raises(LawcatError):
         Bundle.open(bundle)
+
+
+KINDS = ["linear_attention", "full_attention"]
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (_set("lawcat", "attention_span", value=1 << 40), "attention_span must be a whole number from 1 to"),
+        (_set("lawcat", "attention_span", value=0), "attention_span must be a whole number from 1 to"),
+        (_set("lawcat", "attention_span", value=True), "attention_span must be a whole number from 1 to"),
+        (_set("lawcat", "layer_types", value=[]), "attention_span must be a whole number from 0 to 0"),
+        (_set("lawcat", "layer_types", value=KINDS[:1]), "must name the 2 layers or none"),
+        (_set("lawcat", "layer_types", value=[*KINDS, KINDS[0]]), "must name the 2 layers or none"),
+        (_set("lawcat", "layer_types", value=[KINDS[0], 1]), "linear_attention or full_attention each"),
+        (_set("lawcat", "layer_types", value=KINDS[::-1]), "does not have past_key_values.0.key"),
+        (_set("lawcat", "layer_types", value=KINDS[:1] * 2), "from 0 to 0"),
+        (_set("lawcat", "window_scaling", value="none"), "window_scaling must be one of"),
+        (_set("geometry", "sliding_window", value=0), "sliding_window must be a whole number"),
+        (_set("state", -1, "buffer", value="window"), "does not have past_key_values.1.value"),
+        (_set("state", -1, "buffer", value=3), "must be a text"),
+        (_set("state", -1, "shape", value=["B", 1, "more", 16]), "must be a whole number"),
+        (_set("state", -1, "shape", value=["B", 1, 1 << 24, 16]), "does not have past_key_values.1.value"),
+        (_set("geometry", "head_dim", value=4096), "does not have"),
+    ],
+)
+def test_a_forged_hybrid_takes_no_memory(tmp_path: Path, change: Any, sentence: str) -> None:
+    """Refused in one sentence, before anything of the size that it claims exists."""
+    folder = build_tiny_bundle(tmp_path / "b", window=3, span=9)
+    rewrite_manifest(folder, change)
+    tracemalloc.start()
+    with pytest.raises(LawcatError, match=sentence) as refused:
+        Bundle.open(folder)
+    assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    tracemalloc.stop()
+    assert "\n" not in str(refused.value)
+
+
+def test_a_span_that_would_take_too_much_is_refused(tmp_path: Path) -> None:
+    """Every number within its limit, and all of them together too large."""
+    geometry = {"num_heads": 64, "num_kv_heads": 64, "head_dim": 128, "num_layers": 2}
+    lawcat = {"conv_kernel": 4, "feature_dim": 8, "layer_types": KINDS, "attention_span": 1 << 24}
+    folder = build_tiny_bundle(tmp_path / "b", span=9)
+    state = [tensor.to_dict() for tensor in expected_state(geometry, lawcat)]
+
+    def change(data: Any) -> None:
+        data["geometry"] |= geometry
+        data["lawcat"] |= lawcat
+        data["state"] = state
+
+    rewrite_manifest(folder, change)
+    with pytest.raises(LawcatError, match="would take up to 1,099,5"):
+        Bundle.open(folder)
+
+
+def test_a_bundle_of_an_older_format_says_to_export_again(bundle: Path) -> None:
+    rewrite_manifest(bundle, _set("format", value=2))
+    with pytest.raises(LawcatError, match=r"format '2' and this runner reads 3.*export the bundle again"):
+        Bundle.open(bundle)
+
+
+def test_state_sizes_of_a_hybrid(tmp_path: Path) -> None:
+    manifest = Bundle.open(build_tiny_bundle(tmp_path / "b", window=3, span=10_000)).manifest
+    row, constant = 2 * 4 * 16, 4 * (64 * 3 + 2 * 16 * 17)  # a key and a value of a layer; the linear layer
+    assert manifest.spans == {"window": 3, "full": 10_000}
+    assert state_sizes(manifest.state, manifest.spans) == {
+        "empty": constant,
+        "8192": constant + row * (2 + 8192),
+        "most": constant + row * (2 + 9999),
+    }
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data", "tokenizer.json", "chat_template.jinja"])

@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from tiny_bundle import tiny_tokenizer
 
-from lawcat_edge.runtime.bundle import StateTensor
+from lawcat_edge.runtime.bundle import StateTensor, state_bytes
 from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.runtime.sampling import Sampler, SamplingOptions
 from lawcat_edge.runtime.snapshot import Snapshot
 from lawcat_edge.runtime.text import Detokenizer, StopStrings, Tokenizer
 
-STATE = (StateTensor("a", "b", (2, 3)), StateTensor("c", "d", (1, 4)))
+STATE = (StateTensor("a", "b", (2, 3)), StateTensor("c", "d", (1, "tokens", 4), "window"))
+SPANS = {"window": 3}
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(1 << 60), 1 << 60) | st.text(max_size=20),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
@@ -72,9 +73,17 @@ def test_stop_strings_do_not_depend_on_the_pieces(text: str, stops: list[str], d
 
 
 def bundle(sha256: str = "0" * 64) -> Any:
-    sizes = sum(4 * int(np.prod(tensor.shape)) for tensor in STATE)
-    manifest = SimpleNamespace(state=STATE, state_bytes=sizes, vocab_size=100)
+    manifest = SimpleNamespace(
+        state=STATE,
+        state_bytes=lambda tokens=None: state_bytes(STATE, SPANS, tokens),
+        kept=lambda buffer, tokens: min(tokens, SPANS[buffer] - 1),
+        vocab_size=100,
+    )
     return SimpleNamespace(manifest=manifest, sha256=sha256, folder="bundle")
+
+
+def _kept(tokens: list[int], unread: int) -> int:
+    return min(max(0, len(tokens) - unread), 2)
 
 
 SNAPSHOTS = st.builds(
@@ -82,12 +91,12 @@ SNAPSHOTS = st.builds(
         "0" * 64,
         array("I", tokens),
         max(0, len(tokens) - unread),
-        [numbers[:6].reshape(2, 3), numbers[6:].reshape(1, 4)],
+        [numbers[:6].reshape(2, 3), numbers[6 : 6 + 4 * _kept(tokens, unread)].reshape(1, -1, 4)],
         extra,
     ),
     st.lists(st.integers(0, 99), max_size=20),
     st.integers(0, 3),
-    hnp.arrays(np.float32, 10, elements=NUMBERS),
+    hnp.arrays(np.float32, 14, elements=NUMBERS),
     st.dictionaries(st.text(max_size=5), JSON, max_size=3),
 )
 

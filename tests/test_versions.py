@@ -15,6 +15,7 @@ from lawcat_edge.config import LawcatConfig
 from lawcat_edge.export.exporter import MIN_ONNXRUNTIME
 
 PROMPT = list(range(40, 60))
+HYBRID = {"layer_types": ("linear_attention", "full_attention"), "attention_span": 15}
 # Greedy tokens of every flavour that runs here, the check of the bundle, and what is said of the others
 SCRIPT = """
 import json, sys
@@ -50,6 +51,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         ("plain", "fp32", {}),
         ("window", "int8", {"window": 5, "rope": True}),
         ("dynamic", "int8-dynamic", {"window": 3}),
+        ("hybrid", "int8", {"window": 4, **HYBRID}),
     ]
     for name, scheme, settings in options:
         config = LawcatConfig(feature_dim=8, **settings)

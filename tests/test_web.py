@@ -37,7 +37,12 @@ TEXTS = [
     "def f(x):\n    return x**2  # it's 'ok'",
     "x" * 300,
 ]
-PLACES: dict[str, Any] = {"plain": {}, "window": {"window": 2}, "rope": {"rope": True}}
+PLACES: dict[str, Any] = {
+    "plain": {},
+    "window": {"window": 2},
+    "rope": {"rope": True},
+    "hybrid": {"window": 3, "span": 30},
+}
 LOAD = "await lawcat.load({{url: location.href + '{}/'}});"
 TO_BASE64 = (
     "const bytes = await lawcat.ask('snapshot'); let text = '';"
@@ -104,7 +109,7 @@ def test_same_tokens_for_any_graph_and_seed(built, bundles):
 
 def test_conversation_in_the_form_goes_on_from_snapshots(built, bundles, tmp_path):
     """Two turns typed into the page, a snapshot from it to the runner, and one from the runner to it."""
-    model = Model.load(bundles["window"], threads=1)
+    model = Model.load(bundles["hybrid"], threads=1)
     options: dict[str, Any] = {"max_new_tokens": 24}
     first, second = (model.chat(text, **options).text for text in ("Hello", "And then? 🙂"))
     expected = (model.context.tokens[:], model.context.fed, model.context.mark)
@@ -117,12 +122,12 @@ def test_conversation_in_the_form_goes_on_from_snapshots(built, bundles, tmp_pat
         web.drive(
             built,
             [
-                ["eval", LOAD.format("window") + set_most],
+                ["eval", LOAD.format("hybrid") + set_most],
                 ["say", "Hello"],
                 ["say", "And then? 🙂"],
                 ["text", "#stats"],
                 ["eval", TO_BASE64],
-                ["eval", LOAD.format("window") + to_bytes + "return lawcat.ask('restore', {bytes})"],
+                ["eval", LOAD.format("hybrid") + to_bytes + "return lawcat.ask('restore', {bytes})"],
                 ["say", "Third"],
             ],
             bundles,
@@ -134,7 +139,7 @@ def test_conversation_in_the_form_goes_on_from_snapshots(built, bundles, tmp_pat
     assert found[5]["messages"][-1] == {"role": "assistant", "content": second}
     assert found[6]["text"] == third
     (tmp_path / "theirs").write_bytes(base64.b64decode(found[4]))
-    other = Model.load(bundles["window"], threads=1)
+    other = Model.load(bundles["hybrid"], threads=1)
     context = other.restore(tmp_path / "theirs")
     # The same tokens, and the same knowledge of what text they stand for.
     assert (context.tokens, context.fed, context.mark) == expected

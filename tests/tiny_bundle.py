@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from lawcat_edge.runtime import files
-from lawcat_edge.runtime.bundle import Manifest, Parity, expected_state, write_manifest
+from lawcat_edge.runtime.bundle import Manifest, Parity, expected_spans, expected_state, write_manifest
 
 V, D, H, G, HEAD, F_HALF, K, LAYERS = 260, 32, 2, 1, 16, 8, 4, 2
 F = 2 * F_HALF
@@ -34,6 +34,9 @@ def tiny_tokenizer() -> Tokenizer:
     return tokenizer
 
 
+_MICROSOFT = {"LinearAttention", "CausalConvWithState", "GroupQueryAttention", "RotaryEmbedding"}
+
+
 class _Graph:
     """Collects nodes and weights; every weight goes to the data file."""
 
@@ -45,7 +48,7 @@ class _Graph:
 
     def op(self, op: str, inputs: list[str], output: str | list[str], **attrs: Any) -> str:
         outputs = [output] if isinstance(output, str) else output
-        domain = "com.microsoft" if op in ("LinearAttention", "CausalConvWithState") else ""
+        domain = "com.microsoft" if op in _MICROSOFT else ""
         name = f"{op}_{len(self.nodes)}"
         self.nodes.append(helper.make_node(op, inputs, outputs, name=name, domain=domain, **attrs))
         return outputs[0]
@@ -70,20 +73,36 @@ def _norm(g: _Graph, x: str, out: str) -> str:
     return g.op("Div", [x, root], out)
 
 
-def _layer(g: _Graph, i: int, x: str, window: int, rope: bool) -> str:
+def _softmax_attention(g: _Graph, p: str, i: int, normed: str, buffer: str, span: int) -> str:
+    qkv = g.op("MatMul", [normed, g.weight(f"{p}.qkv", D, (H + 2 * G) * HEAD)], f"{p}/qkv")
+    names = [f"{when}.{i}.{kind}" for when in ("past_key_values", "present") for kind in ("key", "value")]
+    lengths = [f"{buffer}_seqlens_k", f"{buffer}_total"]
+    return g.op(
+        "GroupQueryAttention",
+        [qkv, "", "", *names[:2], *lengths, "cos_cache", "sin_cache", "position_ids"],
+        [f"{p}/near", *names[2:]],
+        num_heads=H,
+        kv_num_heads=G,
+        local_window_size=span,
+        do_rotary=1,
+    )
+
+
+def _layer(g: _Graph, i: int, x: str, window: int, rope: bool, span: int) -> str:
     p = f"l{i}"
     normed = _norm(g, x, f"{p}/norm")
     width = H * HEAD
+    if span:
+        y = _softmax_attention(g, p, i, normed, "full", span)
+        return g.op("Add", [x, g.op("MatMul", [y, g.weight(f"{p}.o", width, D)], f"{p}/o")], f"{p}/x")
     qk = g.op("MatMul", [normed, g.weight(f"{p}.qk", D, 2 * width)], f"{p}/qk")
     v = g.op("MatMul", [normed, g.weight(f"{p}.v", D, width)], f"{p}/v")
     decay = g.op("MatMul", [normed, g.weight(f"{p}.gate", D, H * F)], f"{p}/gate")
     decay = g.op("Neg", [g.op("Softplus", [decay], f"{p}/soft")], f"{p}/neg")
     decay = g.op("Mul", [decay, g.const(0.05, np.float32)], f"{p}/decay")
-    if rope:  # a toy, but one in which the position of every token counts
-        four = g.op("Reshape", [qk, g.const([0, 0, 2 * H, HEAD])], f"{p}/qk4")
-        angles = [g.op("Unsqueeze", [n, g.const([1])], f"{p}/{n}") for n in ("rotary_cos", "rotary_sin")]
-        turned = g.op("Add", [g.op("Mul", [four, a], f"{p}/turn{j}") for j, a in enumerate(angles)], f"{p}/t")
-        qk = g.op("Reshape", [turned, g.const([0, 0, 2 * width])], f"{p}/turned")
+    if rope:
+        tables = ["position_ids", "cos_cache", "sin_cache"]
+        qk = g.op("RotaryEmbedding", [qk, *tables], f"{p}/turned", num_heads=2 * H, rotary_embedding_dim=HEAD)
     mixed = g.op("Transpose", [qk], f"{p}/qkT", perm=[0, 2, 1])
     past, present = f"past_key_values.{i}.", f"present.{i}."
     conv = g.weight(f"{p}.conv", 2 * width, 1, K, scale=0.3)
@@ -122,60 +141,41 @@ def _layer(g: _Graph, i: int, x: str, window: int, rope: bool) -> str:
     n = g.op("Slice", [y, g.const([0]), g.const([HEAD]), g.const([3])], f"{p}/n")
     den = g.op("Slice", [y, g.const([HEAD]), g.const([HEAD + 1]), g.const([3])], f"{p}/den")
     y = g.op("Div", [n, g.op("Add", [den, g.const(1e-6, np.float32)], f"{p}/den1")], f"{p}/out4")
-    if window:  # a toy window of one slot: every token also meets the key of the one before
-        assert window == 2
-        key = g.op("MatMul", [normed, g.weight(f"{p}.wk", D, G * HEAD)], f"{p}/wk")
-        key = g.op("Unsqueeze", [key, g.const([1])], f"{p}/wk4")  # [B,G=1,T,d]
-        near, far = (
-            g.op("Slice", [key, g.const([n]), g.const([n + HEAD // 2]), g.const([3])], f"{p}/half{n}")
-            for n in (0, HEAD // 2)
-        )
-        swapped = g.op("Concat", [g.op("Neg", [far], f"{p}/-far"), near], f"{p}/swapped", axis=3)
-        rotated = [
-            g.op("Mul", [part, f"rotary_{name}"], f"{p}/wk_{name}")
-            for part, name in ((key, "cos"), (swapped, "sin"))
-        ]
-        turned_key = g.op("Add", rotated, f"{p}/wk_turned")
-        fill = g.op("Cast", ["window_fill"], f"{p}/fill", to=TensorProto.FLOAT)
-        old = g.op("Mul", [past + "window_key", fill], f"{p}/old")
-        both = g.op("Concat", [old, turned_key], f"{p}/both", axis=2)
-        ends = [g.const([-1]), g.const([1 << 30]), g.const([2])]
-        g.op("Slice", [both, *ends], present + "window_key")
-        one = g.op("Slice", [key, g.const([0]), g.const([1]), g.const([3])], f"{p}/one")
-        value = g.op("Concat", [key, one], f"{p}/value", axis=3)
-        value = g.op("Concat", [past + "window_value", value], f"{p}/both_v", axis=2)
-        g.op("Slice", [value, *ends], present + "window_value")
-        before = [g.const([0]), g.const([-1]), g.const([2])]
-        pairs = g.op("Mul", [g.op("Slice", [both, *before], f"{p}/seen"), turned_key], f"{p}/pairs")
-        score = g.op("ReduceSum", [pairs, g.const([-1])], f"{p}/score")
-        seen = g.op("Mul", [score, key], f"{p}/scored")
-        y = g.op("Add", [y, g.op("Transpose", [seen], f"{p}/seenT", perm=[0, 2, 1, 3])], f"{p}/withw")
+    if window:
+        near = _softmax_attention(g, p, i, normed, "window", window)
+        y = g.op("Add", [y, g.op("Reshape", [near, g.const([0, 0, H, HEAD])], f"{p}/near4")], f"{p}/withw")
     y = g.op("Reshape", [y, g.const([0, 0, width])], f"{p}/out")
     y = g.op("MatMul", [y, g.weight(f"{p}.o", width, D)], f"{p}/o")
     return g.op("Add", [x, y], f"{p}/x")
 
 
-def _model(kind: str, seed: int, window: int, rope: bool, geometry: dict, lawcat: dict) -> tuple[Any, dict]:
-    g = _Graph(seed)
+def _model(kind: str, seed: int, geometry: dict, lawcat: dict) -> tuple[Any, dict]:
+    g, rope, spans = _Graph(seed), lawcat["rope"], expected_spans(geometry, lawcat)
+    for name in spans:
+        last = g.op("ReduceMax", [f"{name}_seqlens_k"], f"{name}_last", keepdims=0)
+        g.op("Add", [last, g.const(1, np.int32)], f"{name}_total")
     x = g.op("Gather", [g.weight("embed", V, D, scale=1.0), "input_ids"], "x0")
     for i in range(LAYERS):
-        x = _layer(g, i, x, window, rope)
+        full = bool(lawcat["layer_types"]) and lawcat["layer_types"][i] == "full_attention"
+        x = _layer(g, i, x, lawcat["window"], rope, spans["full"] if full else 0)
     if kind == "last":
         x = g.op("Slice", [x, g.const([-1]), g.const([1 << 30]), g.const([1])], "last")
     g.op("MatMul", [_norm(g, x, "final"), g.weight("head", D, V, scale=0.6)], "logits")
     inputs = [helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["B", "T"])]
-    if rope or window:
+    if rope or spans:
+        inputs.append(helper.make_tensor_value_info("position_ids", TensorProto.INT64, ["B", "T"]))
         inputs += [
-            helper.make_tensor_value_info(n, TensorProto.FLOAT, ["T", HEAD])
-            for n in ("rotary_cos", "rotary_sin")
+            helper.make_tensor_value_info(n, TensorProto.FLOAT, ["R", HEAD // 2])
+            for n in ("cos_cache", "sin_cache")
         ]
-    if window:
-        inputs.append(helper.make_tensor_value_info("window_fill", TensorProto.INT64, [1]))
+    for name in spans:
+        inputs.append(helper.make_tensor_value_info(f"{name}_seqlens_k", TensorProto.INT32, ["B"]))
     length: Any = 1 if kind == "last" else "T"
     outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["B", length, V])]
     for tensor in expected_state(geometry, lawcat):
-        inputs.append(helper.make_tensor_value_info(tensor.input, TensorProto.FLOAT, ["B", *tensor.shape]))
-        outputs.append(helper.make_tensor_value_info(tensor.output, TensorProto.FLOAT, ["B", *tensor.shape]))
+        shape = ["B", *(tensor.buffer if isinstance(size, str) else size for size in tensor.shape)]
+        inputs.append(helper.make_tensor_value_info(tensor.input, TensorProto.FLOAT, shape))
+        outputs.append(helper.make_tensor_value_info(tensor.output, TensorProto.FLOAT, shape))
     consts = [numpy_helper.from_array(array, name) for name, array in g.consts.items()]
     graph = helper.make_graph(g.nodes, "tiny", inputs, outputs, consts)
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
@@ -191,18 +191,26 @@ def build_tiny_bundle(
     generation: dict[str, Any] | None = None,
     tokenizer: Tokenizer | None = None,
     eos: Sequence[int] = (IM_END,),
+    span: int = 0,
 ) -> Path:
-    """Write the bundle to `folder` (with parity vectors from its own run) and return the folder."""
+    """Write the bundle to `folder` (with parity vectors from its own run) and return the folder.
+
+    span: the last layer has full attention over so many tokens.
+    """
     geometry = {
         "family": "llama", "hidden_size": D, "num_layers": LAYERS, "num_heads": H, "num_kv_heads": G,
         "head_dim": HEAD, "vocab_size": V, "rope_theta": 10000.0, "rope_scaling": None,
     }  # fmt: skip
-    lawcat = {"conv_kernel": K, "feature_dim": F_HALF, "window": window, "rope": rope}
+    kinds = ["linear_attention"] * (LAYERS - 1) + ["full_attention"] if span else []
+    lawcat = {
+        "conv_kernel": K, "feature_dim": F_HALF, "window": window, "rope": rope, "layer_types": kinds,
+        "attention_span": span,
+    }  # fmt: skip
     folder.mkdir(parents=True)
     offsets: dict[str, int] = {}
     data = bytearray()
     for kind, name in (("last", "model.onnx"), ("all", "model_all.onnx")):
-        model, weights = _model(kind, seed, window, rope, geometry, lawcat)
+        model, weights = _model(kind, seed, geometry, lawcat)
         for key, array in weights.items():
             if key not in offsets:
                 data += bytes(-len(data) % 64)

@@ -43,10 +43,12 @@ def bench(
     import onnxruntime
 
     from lawcat_edge.runtime import Bundle, Engine
+    from lawcat_edge.runtime.bundle import describe_state, state_sizes
 
     begin = time.perf_counter()
     engine = Engine(Bundle.open(model), threads=threads, flavour=flavour, chunk=chunk)
     manifest = engine.bundle.manifest
+    sizes_of_state = state_sizes(manifest.state, manifest.spans)
     report: dict[str, Any] = {
         "model": model,
         "scheme": manifest.scheme,
@@ -55,21 +57,23 @@ def bench(
         "chunk": engine.chunk,
         "onnxruntime": onnxruntime.__version__,
         "bytes": engine.bundle.bytes_on_disk,
-        "state_bytes": manifest.state_bytes,
+        "state_bytes": sizes_of_state,
         "load_seconds": time.perf_counter() - begin,
         "contexts": [],
     }
     if not json_:
         print(
             f"{manifest.name} {manifest.scheme} ({engine.flavour}), {engine.threads} threads, loaded in "
-            f"{report['load_seconds']:.2f} s, state {manifest.state_bytes / 1e6:.2f} MB"
+            f"{report['load_seconds']:.2f} s; state {describe_state(sizes_of_state)}"
         )
-        print(f"{'context':>9} {'prefill/s':>10} {'decode/s':>9} {'first token s':>14} {'peak MB':>8}")
+        columns = ("context", "prefill/s", "decode/s", "first token s", "state MB", "peak MB")
+        print("{:>9} {:>10} {:>9} {:>14} {:>9} {:>8}".format(*columns))
     for row in measure(engine, sizes, decode_tokens):
         report["contexts"].append(row)
         line = (
             f"{row['context']:>9,} {row['prefill_tokens_per_second']:>10,.1f} "
             f"{row['decode_tokens_per_second']:>9,.1f} {row['first_token_seconds']:>14.2f} "
+            f"{row['state_bytes'] / 1e6:>9,.2f} "
             f"{(row['peak_memory_bytes'] or 0) / 1e6:>8,.0f}"
         )
         print(line, file=sys.stderr if json_ else sys.stdout, flush=True)

@@ -39,7 +39,7 @@ def info(
 
 
 def _bundle(folder: Path) -> dict[str, Any]:
-    from lawcat_edge.runtime.bundle import Bundle
+    from lawcat_edge.runtime.bundle import Bundle, state_sizes
 
     bundle = Bundle.open(folder, check_hashes=False)
     manifest = bundle.manifest
@@ -55,7 +55,7 @@ def _bundle(folder: Path) -> dict[str, Any]:
         "min_onnxruntime": manifest.min_onnxruntime,
         "lawcat": manifest.lawcat,
         "geometry": manifest.geometry,
-        "state_bytes": manifest.state_bytes,
+        "state_bytes": state_sizes(manifest.state, manifest.spans),
         "bytes": bundle.bytes_on_disk,
         "files": {name: entry["size"] for name, entry in manifest.files.items()},
         "parity": None
@@ -74,14 +74,8 @@ def _adapter(folder: Path) -> dict[str, Any]:
 
     adapter = Adapter.load(folder)
     geometry, config = adapter.geometry.to_dict(), adapter.config.to_dict()
-    from lawcat_edge.runtime.bundle import expected_state
+    from lawcat_edge.runtime.bundle import expected_spans, expected_state, state_sizes
 
-    state = 0
-    for tensor in expected_state(geometry, config):
-        size = 4
-        for extent in tensor.shape:
-            size *= extent
-        state += size
     return {
         "kind": "adapter",
         "name": folder.name,
@@ -91,13 +85,15 @@ def _adapter(folder: Path) -> dict[str, Any]:
         "lora": None if adapter.lora is None else adapter.lora.to_dict(),
         "geometry": geometry,
         "parameters": int(sum(tensor.size for tensor in adapter.tensors.values())),
-        "state_bytes": state,
+        "state_bytes": state_sizes(expected_state(geometry, config), expected_spans(geometry, config)),
         "bytes": sum(path.stat().st_size for path in folder.iterdir() if path.is_file()),
         "files": {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()},
     }
 
 
 def _show(document: dict[str, Any]) -> None:
+    from lawcat_edge.runtime.bundle import describe_state
+
     source, geometry, lawcat = document["source"], document["geometry"], document["lawcat"]
     print(f"{document['kind']} {document['name']}")
     print(f"  teacher   {source['teacher']} (sha256 {source['teacher_sha256'][:16]})")
@@ -112,6 +108,9 @@ def _show(document: dict[str, Any]) -> None:
         f"  attention linear, features {2 * lawcat['feature_dim']}, convolution {lawcat['conv_kernel']}, "
         f"window {lawcat.get('window', 0)}, rotary {'on' if lawcat.get('rope') else 'off'}"
     )
+    full = [str(i) for i, kind in enumerate(lawcat.get("layer_types") or []) if kind == "full_attention"]
+    if full:
+        print(f"  full      attention in layers {', '.join(full)}, over {lawcat['attention_span']:,} tokens")
     if document["kind"] == "bundle":
         print(f"  scheme    {document['scheme']}; graphs {', '.join(document['ops'])}; made by ", end="")
         needs = ", ".join(f"{version} ({op})" for op, version in document["min_onnxruntime"].items())
@@ -126,7 +125,7 @@ def _show(document: dict[str, Any]) -> None:
             )
     else:
         print(f"  adds      {document['parameters']:,} parameters")
-    print(f"  state     {document['state_bytes'] / 1e6:.2f} MB a text, whatever its length")
+    print(f"  state     {describe_state(document['state_bytes'])}")
     print(f"  files     {document['bytes'] / 1e6:,.1f} MB")
     for name, size in sorted(document["files"].items(), key=lambda item: -item[1]):
         print(f"    {size:>14,}  {name}")

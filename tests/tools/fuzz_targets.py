@@ -23,7 +23,7 @@ from lawcat_edge.distill.settings import DistillSettings
 from lawcat_edge.export.schemes import Scheme
 from lawcat_edge.families import Geometry
 from lawcat_edge.runtime import files
-from lawcat_edge.runtime.bundle import Manifest, StateTensor
+from lawcat_edge.runtime.bundle import Manifest, StateTensor, state_bytes
 from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.runtime.onnx_check import check_model
 from lawcat_edge.runtime.rotary import inverse_frequencies
@@ -34,7 +34,8 @@ from lawcat_edge.runtime.text import Detokenizer, StopStrings, load_tokenizer
 from lawcat_edge.weights import SafetensorsWeights
 
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why is the sea salt?"}]
-STATE = (StateTensor("a", "b", (2, 3)), StateTensor("c", "d", (1, 4)))
+STATE = (StateTensor("a", "b", (2, 3)), StateTensor("c", "d", (1, "tokens", 4), "window"))
+SPANS = {"window": 3}
 ADAPTER = {
     "format": 1,
     "lawcat": {"conv_kernel": 2, "feature_dim": 2, "gate_rank": 1},
@@ -69,8 +70,12 @@ def snapshot(data: bytes) -> None:
     """The bytes after the magic; length of the header and checksum are made right."""
     head, _, rest = data.partition(b"\0\0")
     body = MAGIC + struct.pack("<I", len(head)) + head + rest
-    state_bytes = sum(4 * int(np.prod(tensor.shape)) for tensor in STATE)
-    spec = SimpleNamespace(state=STATE, state_bytes=state_bytes, vocab_size=100)
+    spec = SimpleNamespace(
+        state=STATE,
+        state_bytes=lambda tokens=None: state_bytes(STATE, SPANS, tokens),
+        kept=lambda buffer, tokens: min(tokens, SPANS[buffer] - 1),
+        vocab_size=100,
+    )
     bundle: Any = SimpleNamespace(manifest=spec, sha256="0" * 64, folder="bundle")
     with tempfile.TemporaryDirectory(prefix="fuzz") as folder:
         path = Path(folder) / "s"

@@ -252,7 +252,7 @@ def main() -> None:
         if bundle is None:
             from tiny_bundle import build_tiny_bundle
 
-            bundle = build_tiny_bundle(Path(place) / "bundle", window=2, rope=True)
+            bundle = build_tiny_bundle(Path(place) / "bundle", window=2, rope=True, span=6)
         command = [
             sys.executable,
             "-m",

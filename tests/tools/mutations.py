@@ -369,7 +369,7 @@ def make_snapshot(whole: Whole, rng: random.Random, place: Path) -> tuple[list[s
         head, what = damage_json(rng, data[12 : 12 + length])
         body = data[:8] + len(head).to_bytes(4, "little") + head + rest
     elif way == "floats":
-        body, what = damage_floats(rng, body, len(body) - whole.model.bundle.manifest.state_bytes)
+        body, what = damage_floats(rng, body, len(body) - len(rest) // 2)
     elif way == "length":
         body, what = data[:8] + rng.randbytes(4) + data[12:-32], "length"
     else:

@@ -26,7 +26,7 @@ def seeds(folder: Path) -> dict[str, list[bytes]]:
     import onnx
     from safetensors.numpy import save
 
-    bundle = build_tiny_bundle(folder / "bundle", window=2, rope=True)
+    bundle = build_tiny_bundle(folder / "bundle", window=2, rope=True, span=6)
     tensor = onnx.helper.make_tensor("w", 1, [2, 3], [0.0] * 6)
     far = onnx.TensorProto(name="f", dims=[4], data_type=1, data_location=onnx.TensorProto.EXTERNAL)
     for key, value in (("location", "model.onnx.data"), ("offset", "0"), ("length", "16")):
@@ -34,10 +34,10 @@ def seeds(folder: Path) -> dict[str, list[bytes]]:
     nodes = [onnx.helper.make_node("Add", ["w", "f"], ["y"], name="n", domain="com.microsoft")]
     graph = onnx.helper.make_graph(nodes, "g", [], [], [tensor, far])
     header = {
-        "bundle": "0" * 64, "tokens": 3, "fed": 2, "shapes": [list(t.shape) for t in STATE],
+        "bundle": "0" * 64, "tokens": 3, "fed": 2, "shapes": [list(t.sizes(2)) for t in STATE],
         "extra": {"messages": [{"role": "user", "content": "x"}], "mark": None, "has_base": True},
     }  # fmt: skip
-    numbers = np.arange(3, dtype="<u4").tobytes() + np.arange(10, dtype="<f4").tobytes()
+    numbers = np.arange(3, dtype="<u4").tobytes() + np.arange(14, dtype="<f4").tobytes()
     shapes = {
         "conv_q": (2, 2), "conv_k": (2, 2), "feature": (1, 2, 2), "gate_a": (4, 1), "gate_b": (1, 4),
         "gate_bias": (4,),

@@ -26,7 +26,7 @@ def build_runtime(folder: Path) -> None:
 
     from lawcat_edge.runtime import Model
 
-    model = Model.load(build_tiny_bundle(folder / "bundle", window=2, rope=True), threads=1)
+    model = Model.load(build_tiny_bundle(folder / "bundle", window=2, rope=True, span=6), threads=1)
     (folder / "snapshot").mkdir()
     list(model.chat("Why is the sea salt?", max_new_tokens=4, ignore_eos=True))
     model.snapshot(folder / "snapshot" / "talk.snapshot")

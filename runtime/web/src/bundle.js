@@ -1,4 +1,5 @@
 // A bundle: a folder of files behind a URL or on the user's disk, checked as far as a page needs.
+import { spansOf } from "./state.js";
 
 /** A mistake that the user can mend; its message says how. */
 export class UserError extends Error {}
@@ -127,7 +128,7 @@ export async function sha256(bytes) {
 
 function checkManifest(manifest) {
   const bad = (what) => new UserError(`${MANIFEST}: ${what}; export or copy the bundle again.`);
-  if (manifest?.format !== 2) {
+  if (manifest?.format !== 3) {
     throw new UserError(`The bundle's format ${manifest?.format} is unknown here; update this page.`);
   }
   const { files, graphs, state, geometry, lawcat, tokens } = manifest;
@@ -144,14 +145,19 @@ function checkManifest(manifest) {
     if (!Object.hasOwn(files, graph?.last)) throw bad("a graph is not among the files");
   }
   if (!Array.isArray(state) || !state.length || state.length > 8192) throw bad("state must be a list");
+  if (!Number.isSafeInteger(lawcat.window ?? 0)) throw bad("lawcat.window must be a number");
+  const spans = spansOf(manifest);
   let total = 0;
-  for (const { input, output, shape, dtype } of state) {
+  for (const { input, output, shape, dtype, buffer } of state) {
     const sizes = Array.isArray(shape) && shape[0] === "B" ? shape.slice(1) : [];
     if (typeof input !== "string" || typeof output !== "string" || dtype !== "float32" || !sizes.length) {
       throw bad("state has a wrong entry");
     }
-    if (!sizes.every((size) => Number.isSafeInteger(size) && size > 0)) throw bad("state has a wrong shape");
-    total += sizes.reduce((product, size) => product * size, 4);
+    const rows = spans.get(buffer);
+    if (buffer !== undefined && !(Number.isSafeInteger(rows) && rows > 0)) throw bad("state has a wrong buffer");
+    const most = sizes.map((size, i) => (buffer !== undefined && i === 1 && size === "tokens" ? rows : size));
+    if (!most.every((size) => Number.isSafeInteger(size) && size > 0)) throw bad("state has a wrong shape");
+    total += most.reduce((product, size) => product * size, 4);
   }
   if (total > 1 << 30) throw bad("the state would take more than 1 GB");
   if (!Number.isSafeInteger(geometry.vocab_size)) throw bad("geometry.vocab_size must be a number");

@@ -1,14 +1,7 @@
 // onnxruntime-web behind a bundle: tokens and state in, logits and state out; as runtime/engine.py.
 import { UserError } from "./bundle.js";
 import { cosSin, inverseFrequencies } from "./rotary.js";
-
-/** The recurrent state of one text of `position` tokens: a Map from input name to ort.Tensor. Constant size. */
-export class State {
-  constructor(tensors, position = 0) {
-    this.tensors = tensors;
-    this.position = position;
-  }
-}
+import { spansOf, State } from "./state.js";
 
 export class Engine {
   /** Load the bundle's graph. `ort`: the onnxruntime-web module; `progress(bytes)` as files arrive. */
@@ -18,8 +11,8 @@ export class Engine {
     engine.ort = ort;
     engine.manifest = manifest;
     engine.vocabSize = manifest.geometry.vocab_size;
-    engine.window = manifest.lawcat.window ?? 0;
-    engine.frequencies = manifest.lawcat.rope || engine.window ? inverseFrequencies(manifest.geometry) : null;
+    const rotary = manifest.lawcat.rope || spansOf(manifest).size > 0;
+    engine.frequencies = rotary ? inverseFrequencies(manifest.geometry) : null;
     // The portable graph takes memory for every pair of tokens of a chunk.
     engine.chunk = bundle.flavour === "portable" ? 32 : 128;
     const graph = await bundle.read(bundle.graph, progress);
@@ -42,18 +35,12 @@ export class Engine {
     for (const { input } of manifest.state) {
       if (!names.has(input)) throw new UserError(`${bundle.graph} lacks ${input}; export the bundle again.`);
     }
-    engine.wants = (name) => names.has(name);
     return engine;
   }
 
-  /** The state before any token, zeros. */
+  /** The state before any token. */
   newState() {
-    const { Tensor } = this.ort;
-    const zeros = this.manifest.state.map(({ input, shape }) => {
-      const dims = [1, ...shape.slice(1)];
-      return [input, new Tensor("float32", new Float32Array(count(dims)), dims)];
-    });
-    return new State(new Map(zeros));
+    return new State(this.ort, this.manifest);
   }
 
   /** Feed tokens (at least one), updating `state`; logits Float32Array [V] of the last one. */
@@ -67,15 +54,18 @@ export class Engine {
       return BigInt(token);
     });
     const { Tensor } = this.ort;
+    state.makeRoom(T);
     const feeds = { input_ids: new Tensor("int64", ids, [1, T]), ...Object.fromEntries(state.tensors) };
-    if (this.wants("window_fill")) {
-      const fill = BigInt(Math.min(state.position, this.window - 1));
-      feeds.window_fill = new Tensor("int64", BigInt64Array.of(fill), [1]);
+    for (const [name, buffer] of state.buffers) {
+      feeds[`${name}_seqlens_k`] = new Tensor("int32", Int32Array.of(buffer.fill + T - 1), [1]);
     }
-    if (this.wants("rotary_cos")) {
-      const [cos, sin] = cosSin(this.frequencies, state.position, T);
-      feeds.rotary_cos = new Tensor("float32", cos, [T, cos.length / T]);
-      feeds.rotary_sin = new Tensor("float32", sin, [T, sin.length / T]);
+    if (this.frequencies) {
+      // The tables have the rows of these tokens and then as many more as onnxruntime asks for.
+      const rows = Math.max(T, ...[...state.buffers.values()].map(({ slots }) => slots));
+      const [cos, sin] = cosSin(this.frequencies, state.position, T, rows);
+      feeds.cos_cache = new Tensor("float32", cos, [rows, this.frequencies.length]);
+      feeds.sin_cache = new Tensor("float32", sin, [rows, this.frequencies.length]);
+      feeds.position_ids = new Tensor("int64", BigInt64Array.from({ length: T }, (_, t) => BigInt(t)), [1, T]);
     }
     let results;
     try {
@@ -83,8 +73,7 @@ export class Engine {
     } catch (error) {
       throw new UserError(`onnxruntime-web failed to run the model: ${firstLine(error)}.`);
     }
-    for (const { input, output } of this.manifest.state) state.tensors.set(input, results[output]);
-    state.position += T;
+    state.take(results, T);
     return results.logits.data;
   }
 
@@ -97,10 +86,6 @@ export class Engine {
     }
     return logits;
   }
-}
-
-export function count(dims) {
-  return dims.reduce((product, size) => product * size, 1);
 }
 
 function firstLine(error) {

@@ -55,7 +55,7 @@ async function load(place) {
     by("about").textContent =
       `${about.name} (${about.scheme}, ${about.flavour}), loaded in ${about.seconds.toFixed(1)} s` +
       `${about.checked ? ", every file as exported" : ", files unchecked: this page has no https"}. ` +
-      `It remembers any text in ${(about.stateBytes / 1e6).toFixed(1)} MB.`;
+      `It remembers any text in at most ${(about.stateBytes / 1e6).toFixed(1)} MB.`;
     enable(true);
     if (!about.chat) showError("This bundle has no chat template, so it cannot chat.");
     return about;

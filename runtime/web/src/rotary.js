@@ -1,4 +1,4 @@
-// Rotary angles for bundles with a window or a rotary linear branch; as in runtime/rotary.py.
+// Rotary angles for bundles with softmax attention or a rotary linear branch; as in runtime/rotary.py.
 import { UserError } from "./bundle.js";
 
 /** Radians a token, [d/2], for the rope types default, linear and llama3. */
@@ -30,17 +30,16 @@ export function inverseFrequencies(geometry) {
   }
 }
 
-/** [cos, sin] of positions start .. start+count-1, each float32 [count, d]: both halves of a head turn alike. */
-export function cosSin(frequencies, start, count) {
+/** [cos, sin] of positions start .. start+count-1, each float32 [rows, d/2]; rows beyond the tokens are zero. */
+export function cosSin(frequencies, start, count, rows) {
   const half = frequencies.length;
-  const tables = [new Float32Array(count * half * 2), new Float32Array(count * half * 2)];
+  const [cos, sin] = [new Float32Array(rows * half), new Float32Array(rows * half)];
   for (let t = 0; t < count; t++) {
     for (let i = 0; i < half; i++) {
       const angle = (start + t) * frequencies[i];
-      for (const [table, value] of [[tables[0], Math.cos(angle)], [tables[1], Math.sin(angle)]]) {
-        table[t * 2 * half + i] = table[t * 2 * half + half + i] = value;
-      }
+      cos[t * half + i] = Math.cos(angle);
+      sin[t * half + i] = Math.sin(angle);
     }
   }
-  return tables;
+  return [cos, sin];
 }

@@ -1,23 +1,23 @@
 // The state after some text, in a file: the format of runtime/snapshot.py, so that files go both ways.
 import { sha256, UserError } from "./bundle.js";
-import { count, State } from "./engine.js";
+import { count, State } from "./state.js";
 
 const MAGIC = "LAWCATS1";
 
 /** The file's bytes. `context`: {state, tokens, extra}; `bundle`: the one that the state belongs to. */
 export async function saveSnapshot(context, bundle) {
   if (bundle.sha256 === null) throw new UserError("Snapshots need https or localhost: the page has no hashes.");
-  const { state: entries } = bundle.manifest;
+  const kept = context.state.kept();
   const header = new TextEncoder().encode(
     JSON.stringify({
       bundle: bundle.sha256,
       tokens: context.tokens.length,
       fed: context.state.position,
-      shapes: entries.map(({ shape }) => shape.slice(1)),
+      shapes: kept.map(({ shape }) => shape),
       extra: context.extra,
     }),
   );
-  const floats = entries.map(({ input }) => context.state.tensors.get(input).data);
+  const floats = kept.map(({ data }) => data);
   const size = 12 + header.length + 4 * context.tokens.length + 4 * floats.reduce((n, f) => n + f.length, 0);
   const bytes = new Uint8Array(size + 32);
   const view = new DataView(bytes.buffer);
@@ -55,7 +55,8 @@ export async function loadSnapshot(bytes, bundle, ort) {
     throw new UserError("The snapshot belongs to another bundle; load the bundle that made it.");
   }
   const { manifest } = bundle;
-  const shapes = manifest.state.map(({ shape }) => shape.slice(1));
+  const state = new State(ort, manifest);
+  const shapes = state.keptShapes(header.fed);
   const values = shapes.reduce((n, shape) => n + count(shape), 0);
   if (
     JSON.stringify(header.shapes) !== JSON.stringify(shapes) ||
@@ -68,15 +69,14 @@ export async function loadSnapshot(bytes, bundle, ort) {
   const tokens = Array.from({ length: header.tokens }, (_, i) => view.getUint32(at + 4 * i, true));
   if (tokens.some((token) => token >= manifest.geometry.vocab_size)) throw damaged;
   at += 4 * header.tokens;
-  const tensors = new Map();
-  for (const { input, shape } of manifest.state) {
-    const dims = [1, ...shape.slice(1)];
-    const data = new Float32Array(bytes.slice(at, at + 4 * count(dims)).buffer);
+  const arrays = shapes.map((shape) => {
+    const data = new Float32Array(bytes.slice(at, at + 4 * count(shape)).buffer);
     if (!data.every(Number.isFinite)) throw damaged;
-    tensors.set(input, new ort.Tensor("float32", data, dims));
     at += data.byteLength;
-  }
-  return { state: new State(tensors, header.fed), tokens, extra: header.extra ?? {} };
+    return data;
+  });
+  state.load(arrays, header.fed);
+  return { state, tokens, extra: header.extra ?? {} };
 }
 
 function fromHex(text) {

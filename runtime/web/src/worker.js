@@ -4,6 +4,7 @@ import * as ort from "./vendor/ort.mjs";
 import { Tokenizer } from "./vendor/tokenizers.mjs";
 import { fromFiles, fromUrl, UserError } from "./bundle.js";
 import { Model } from "./model.js";
+import { mostBytes } from "./state.js";
 
 ort.env.wasm.numThreads = 1; // more need headers that a plain static server does not send
 ort.env.wasm.wasmPaths = new URL("./vendor/", import.meta.url).href;
@@ -31,14 +32,13 @@ const actions = {
     const begin = performance.now();
     model = await Model.load({ ort, Tokenizer, Template }, source, { flavour, progress, rest });
     const { manifest, flavour: used, sha256 } = model.bundle;
-    const stateBytes = manifest.state.reduce((n, { shape }) => n + shape.slice(1).reduce((a, b) => a * b, 4), 0);
     return {
       name: manifest.name,
       scheme: manifest.scheme,
       flavour: used,
       checked: sha256 !== null,
       chat: Boolean(model.template),
-      stateBytes,
+      stateBytes: mostBytes(manifest),
       seconds: (performance.now() - begin) / 1000,
     };
   },
