@@ -35,6 +35,7 @@ from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.runtime.files import FileLock, sha256_file
 from lawcat_edge.runtime.processor import physical_cores
 from lawcat_edge.teacher import Teacher
+from lawcat_edge.weights import weight_files
 
 PARTS = ("export", "accuracy", "drift", "tasks", "speed")
 Progress = Callable[[str, str, int, int], None]
@@ -195,7 +196,7 @@ class Comparison:
     def _teacher_row(self) -> Row:
         row = self.row("teacher-fp32", "teacher")
         key = self.teacher.sha256
-        weights = sum(path.stat().st_size for path in self.teacher.folder.glob("*.safetensors"))
+        weights = sum(path.stat().st_size for path in weight_files(self.teacher.folder)[0])
         row.measure("export", key, lambda: {"bytes": weights, "weight_bytes": weights})
         self._measure(
             row,

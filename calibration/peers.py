@@ -21,7 +21,7 @@ import numpy as np
 from lawcat_edge.calibration.measure import fresh_process
 from lawcat_edge.evaluate.lm import load_tokenizer
 from lawcat_edge.runtime.errors import LawcatError
-from lawcat_edge.runtime.files import sha256_file
+from lawcat_edge.runtime.files import sha256_file, user_path
 from lawcat_edge.runtime.stats import peak_memory
 
 GGUF_TYPES = {"gguf-q8_0": 7, "gguf-q4_0": 2}
@@ -88,7 +88,7 @@ def teacher_gguf(teacher: str, given: Path | None) -> Path:
         from lawcat_edge.teacher import _embedded
 
         return _embedded()
-    path = Path(teacher).expanduser()
+    path = user_path(teacher)
     if path.suffix.lower() == ".gguf" and path.is_file():
         return path
     raise LawcatError("The teacher is no GGUF file; convert it with llama.cpp and name the file with --gguf.")

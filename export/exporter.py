@@ -28,6 +28,7 @@ from lawcat_edge.export.trace import trace_layer
 from lawcat_edge.export.verify import Agreement, Reference, verify_folder
 from lawcat_edge.export.writer import DATA, JOURNAL, DataWriter
 from lawcat_edge.families import Geometry
+from lawcat_edge.parameters import initial_tensors, parameter_shapes
 from lawcat_edge.runtime.bundle import MANIFEST, Manifest, expected_spans, expected_state, write_manifest
 from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.runtime.files import FileLock, atomic_folder, write_json
@@ -92,7 +93,7 @@ def export_bundle(
             "export with --ops portable."
         )
     check_shapes(weights, geometry)
-    tensors = untrained_tensors(geometry, config) if adapter is None else adapter.tensors
+    tensors = initial_tensors(geometry, config) if adapter is None else adapter.tensors
     check_adapter(tensors, geometry, config)
     merged = weights if adapter is None else MergedWeights(weights, adapter)
     layout = Layout(geometry, config, scheme, merged, tensors, dict(ranges or {}), rounder_of)
@@ -250,59 +251,12 @@ def graph_files(flavour: str) -> dict[str, str]:
     return files
 
 
-def untrained_tensors(geometry: Geometry, config: LawcatConfig, seed: int = 0) -> dict[str, np.ndarray]:
-    """New parameters as distillation starts from (the paper's initialisation), for every layer."""
-    g, c = geometry, config
-    generator = np.random.default_rng(seed)
-    taps = np.full((g.query_width, c.conv_kernel), 0.001, np.float32)
-    taps[:, -1] = 1.0
-
-    def normal(std: float, *shape: int) -> np.ndarray:
-        return generator.standard_normal(shape, np.float32) * np.float32(std)
-
-    tensors: dict[str, np.ndarray] = {}
-    for i in range(g.num_layers):
-        if c.full_attention(i):
-            continue
-        new = {
-            "conv_q": taps,
-            "conv_k": taps,
-            "feature": normal(g.head_dim**-0.5, g.num_heads, g.head_dim, c.feature_dim),
-            "gate_a": normal(0.006, g.hidden_size, c.gate_rank),
-            "gate_b": normal(0.006, c.gate_rank, g.num_kv_heads * c.key_dim),
-            "gate_bias": np.zeros(g.num_kv_heads * c.key_dim, np.float32),
-        }
-        if c.window:
-            new["omega"] = np.zeros(g.num_heads, np.float32)
-        tensors |= {f"layers.{i}.{name}": value for name, value in new.items()}
-    return tensors
-
-
 def check_adapter(tensors: Mapping[str, np.ndarray], geometry: Geometry, config: LawcatConfig) -> None:
     """Raise LawcatError when a new parameter is missing or has another shape than the settings imply."""
-    for name, like in untrained_shapes(geometry, config).items():
+    for name, like in parameter_shapes(geometry, config).items():
         got = tensors[name].shape if name in tensors else None
         if got != like:
             raise LawcatError(f"The adapter's {name} is {got}, its settings imply {like}; it is damaged.")
-
-
-def untrained_shapes(geometry: Geometry, config: LawcatConfig) -> dict[str, tuple[int, ...]]:
-    g, c = geometry, config
-    shapes: dict[str, tuple[int, ...]] = {}
-    for i in range(g.num_layers):
-        if c.full_attention(i):
-            continue
-        shapes |= {
-            f"layers.{i}.conv_q": (g.query_width, c.conv_kernel),
-            f"layers.{i}.conv_k": (g.query_width, c.conv_kernel),
-            f"layers.{i}.feature": (g.num_heads, g.head_dim, c.feature_dim),
-            f"layers.{i}.gate_a": (g.hidden_size, c.gate_rank),
-            f"layers.{i}.gate_b": (c.gate_rank, g.num_kv_heads * c.key_dim),
-            f"layers.{i}.gate_bias": (g.num_kv_heads * c.key_dim,),
-        }
-        if c.window:
-            shapes[f"layers.{i}.omega"] = (g.num_heads,)
-    return shapes
 
 
 def sample_tokens(geometry: Geometry, count: int = VERIFY_TOKENS, seed: int = 1) -> list[int]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 from lawcat_edge.runtime.errors import LawcatError
-from lawcat_edge.runtime.files import read_json, write_json, write_text
-from lawcat_edge.runtime.text import MAX_TOKENIZER
+from lawcat_edge.runtime.files import read_bytes, read_json, write_json, write_text
+from lawcat_edge.runtime.template import ChatTemplate
+from lawcat_edge.runtime.text import MAX_TOKENIZER, load_tokenizer, special_tokens
+
+MAX_TEMPLATE = 1 << 20
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
@@ -19,15 +21,14 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     # written without the indentation, which makes more than half of it
     tokenizer = read_json(source / "tokenizer.json", MAX_TOKENIZER)
     write_text(target / "tokenizer.json", json.dumps(tokenizer, separators=(",", ":"), ensure_ascii=False))
-    for name in ("tokenizer_config.json", "chat_template.jinja"):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
-    if not (target / "tokenizer_config.json").is_file():  # onnxruntime-genai does not start without one
-        write_json(target / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"})
-    if not (target / "chat_template.jinja").is_file():
-        template = _optional(source / "tokenizer_config.json").get("chat_template")
-        if isinstance(template, str):
-            write_text(target / "chat_template.jinja", template)
+    settings = _optional(source / "tokenizer_config.json")
+    template = _chat_template(source, settings)
+    settings.pop("chat_template", None)  # has a file of its own, and of several the others are not used
+    # onnxruntime-genai does not start without the class
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **settings, **special_tokens_of(source)}
+    write_json(target / "tokenizer_config.json", settings)
+    if template is not None:
+        write_text(target / "chat_template.jinja", template)
     tokens = token_ids(source)
     settings = _optional(source / "generation_config.json")
     kept = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "do_sample", "max_new_tokens")
@@ -38,17 +39,78 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     )
 
 
+def special_tokens_of(source: Path) -> dict[str, str]:
+    """The special tokens of the tokenizer in the folder `source`, by name, its class's own included.
+
+    transformers says which these are; what it cannot load has those that its settings name.
+    """
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    told = logging.get_verbosity()
+    logging.set_verbosity_error()  # it warns of a class that does not fit tokenizer.json, which decides
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+    except Exception:  # it raises whatever it stumbles over in a folder that is not quite as it should be
+        return special_tokens(_optional(source / "tokenizer_config.json"))
+    finally:
+        logging.set_verbosity(told)
+    named = tokenizer.special_tokens_map
+    return {name: token for name, token in named.items() if isinstance(token, str)}
+
+
 def token_ids(source: Path) -> dict[str, Any]:
-    """{"bos": id or None, "eos": [ids]} from generation_config.json, else config.json."""
-    result: dict[str, Any] = {"bos": None, "eos": []}
-    for file in ("config.json", "generation_config.json"):
-        data = _optional(source / file)
-        if isinstance(data.get("bos_token_id"), int):
-            result["bos"] = data["bos_token_id"]
-        eos = data.get("eos_token_id")
-        if eos is not None:
-            result["eos"] = [int(t) for t in (eos if isinstance(eos, list) else [eos])]
-    return result
+    """{"bos": id or None, "eos": [ids]}: any id that ends a text for one of the teacher's files.
+
+    A model may end its texts with what generation_config.json names and its turns with the tokenizer's end
+    token, and a config.json may know of one of them alone.
+    """
+    configs = [_optional(source / name) for name in ("generation_config.json", "config.json")]
+    tokenizer = load_tokenizer(read_bytes(source / "tokenizer.json", MAX_TOKENIZER))
+    named = special_tokens_of(source)
+    starts: list[Any] = [
+        *(config.get("bos_token_id") for config in configs),
+        _id_of(tokenizer, named.get("bos_token")),
+    ]
+    ends: list[Any] = []
+    for config in configs:
+        listed = config.get("eos_token_id")
+        ends.extend(listed if isinstance(listed, list) else [listed])
+    ends.append(_id_of(tokenizer, named.get("eos_token")))
+    size = next((n for config in configs if type(n := config.get("vocab_size")) is int), 1 << 31)
+    # Some files hold -1 or an id beyond the vocabulary for none.
+    starts, ends = ([n for n in ids if type(n) is int and 0 <= n < size] for ids in (starts, ends))
+    return {"bos": next(iter(starts), None), "eos": list(dict.fromkeys(ends))}
+
+
+def _id_of(tokenizer: Any, token: str | None) -> int | None:
+    return None if token is None else tokenizer.token_to_id(token)
+
+
+def _chat_template(source: Path, settings: dict[str, Any]) -> str | None:
+    """The teacher's chat template, compiled once to see that it can be; of several by name the default."""
+    path, text = source / "chat_template.jinja", settings.get("chat_template")
+    if path.is_file():
+        try:
+            text = read_bytes(path, MAX_TEMPLATE).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise LawcatError(f"{path} is not UTF-8 text; convert it to UTF-8 first.") from error
+    elif isinstance(text, list):  # [{"name", "template"}, ...]
+        path = source / "tokenizer_config.json"
+        named = {item.get("name"): item.get("template") for item in text if isinstance(item, dict)}
+        text = named.get("default")
+    else:
+        path = source / "tokenizer_config.json"
+    if not isinstance(text, str):
+        return None
+    try:
+        ChatTemplate(text)
+    except LawcatError as error:
+        reason = str(error).removesuffix("; export the bundle again.").removesuffix("; export it again.")
+        raise LawcatError(
+            f"{path}: {reason}; mend the template, or take it out to export without one."
+        ) from error
+    return text
 
 
 def _optional(path: Path) -> dict[str, Any]:

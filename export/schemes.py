@@ -30,11 +30,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 from lawcat_edge.runtime.errors import LawcatError
-from lawcat_edge.runtime.files import read_json
+from lawcat_edge.runtime.files import read_json, user_path
 
 PRODUCTS = ("qkv", "o", "gate_up", "down", "head")
 KINDS = ("fp32", "nbits", "dynamic", "static")
@@ -234,8 +233,8 @@ def load_scheme(name: str, rounding: str | None = None) -> Scheme:
         raise LawcatError(f"--rounding must be one of {', '.join(ROUNDINGS)}, not {rounding!r}.")
     if name in SCHEMES:
         scheme = SCHEMES[name]
-    elif Path(name).is_file():
-        scheme = Scheme.from_dict(read_json(Path(name)))
+    elif user_path(name).is_file():
+        scheme = Scheme.from_dict(read_json(user_path(name)))
     else:
         raise LawcatError(
             f"There is no scheme {name!r}; choose one of {', '.join(SCHEMES)} or give a JSON file."

@@ -20,6 +20,7 @@ import numpy as np
 from lawcat_edge.config import LawcatConfig
 from lawcat_edge.families import Geometry
 from lawcat_edge.lora import LoraSettings
+from lawcat_edge.parameters import parameter_shapes
 from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.runtime.files import (
     atomic_folder,
@@ -83,24 +84,11 @@ class Adapter:
 
     def expected_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor this adapter must hold, with its shape."""
-        g, c = self.geometry, self.config
-        H, G, d, D = g.num_heads, g.num_kv_heads, g.head_dim, g.hidden_size
-        new: dict[str, tuple[int, ...]] = {
-            "conv_q": (H * d, c.conv_kernel),
-            "conv_k": (H * d, c.conv_kernel),
-            "feature": (H, d, c.feature_dim),
-            "gate_a": (D, c.gate_rank),
-            "gate_b": (c.gate_rank, G * c.key_dim),
-            "gate_bias": (G * c.key_dim,),
-        }
-        if c.window:
-            new["omega"] = (H,)
-        lora = self.lora.shapes(g) if self.lora is not None else {}
-        return {
-            f"layers.{i}.{name}": shape
-            for i in range(g.num_layers)
-            for name, shape in {**({} if c.full_attention(i) else new), **lora}.items()
-        }
+        shapes = parameter_shapes(self.geometry, self.config)
+        lora = self.lora.shapes(self.geometry) if self.lora is not None else {}
+        for i in range(self.geometry.num_layers):
+            shapes |= {f"layers.{i}.{name}": shape for name, shape in lora.items()}
+        return shapes
 
     def save(self, folder: Path, half: bool = False, extra: dict[str, bytes] | None = None) -> None:
         """Write the whole folder at once (a kill leaves the old one); ``half``: float16, for publishing.

@@ -29,6 +29,7 @@ from lawcat_edge.families import Geometry
 from lawcat_edge.ops.conv import conv_feature
 from lawcat_edge.ops.gla import gated_linear_attention, normalised_gla
 from lawcat_edge.ops.window import window_attention
+from lawcat_edge.parameters import parameters_of_layer
 from lawcat_edge.rotary import Tables, rotate
 from lawcat_edge.softmax_attention import SoftmaxAttention
 
@@ -51,25 +52,37 @@ class LayerState:
 
 
 class LawcatAttention(SoftmaxAttention):
-    """Drop-in for one layer's self-attention; keeps the teacher's projections and can run as the teacher."""
+    """Drop-in for one layer's self-attention; keeps the teacher's projections and can run as the teacher.
 
-    def __init__(self, teacher: Any, geometry: Geometry, config: LawcatConfig, backend: str = "auto") -> None:
+    layer, seed: where the new parameters' initial values come from (``lawcat_edge.parameters``).
+    """
+
+    conv_q: nn.Parameter
+    conv_k: nn.Parameter
+    feature: nn.Parameter
+    gate_a: nn.Parameter
+    gate_b: nn.Parameter
+    gate_bias: nn.Parameter
+    omega: nn.Parameter | None
+
+    def __init__(
+        self,
+        teacher: Any,
+        geometry: Geometry,
+        config: LawcatConfig,
+        backend: str = "auto",
+        layer: int = 0,
+        seed: int = 0,
+    ) -> None:
         super().__init__(teacher, geometry)
         self.config, self.backend = config, backend
-        H, G, d, f = geometry.num_heads, geometry.num_kv_heads, geometry.head_dim, config.feature_dim
-        taps = torch.full((H * d, config.conv_kernel), 0.001)
-        taps[:, -1] = 1.0
-        self.conv_q, self.conv_k = nn.Parameter(taps), nn.Parameter(taps.clone())
-        self.feature = nn.Parameter(torch.empty(H, d, f).normal_(std=d**-0.5))
-        self.gate_a = nn.Parameter(torch.empty(geometry.hidden_size, config.gate_rank).normal_(std=0.006))
-        self.gate_b = nn.Parameter(torch.empty(config.gate_rank, G * config.key_dim).normal_(std=0.006))
-        self.gate_bias = nn.Parameter(torch.zeros(G * config.key_dim))
-        self.omega = nn.Parameter(torch.zeros(H)) if config.window else None
+        self.omega = None
+        for name, parameter in parameters_of_layer(geometry, config).items():
+            setattr(self, name, nn.Parameter(torch.tensor(parameter.initial(name, layer, seed))))
 
     def new_parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters that LAWCAT adds, by adapter tensor name."""
-        names = ("conv_q", "conv_k", "feature", "gate_a", "gate_b", "gate_bias", "omega")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        """The parameters that LAWCAT adds, by their names in ``lawcat_edge.parameters``."""
+        return {name: getattr(self, name) for name in parameters_of_layer(self.geometry, self.config)}
 
     def empty_state(self, batch: int, device: torch.device) -> LayerState:
         g, c = self.geometry, self.config

@@ -7,11 +7,14 @@ A command's module is imported only when that command runs.
 from __future__ import annotations
 
 import errno
+import functools
 import importlib
 import os
 import re
+import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -20,9 +23,11 @@ from typer.main import get_command_from_info
 from typer.models import CommandInfo
 
 from lawcat_edge import __version__
+from lawcat_edge.commands.output import write_any_text
 from lawcat_edge.runtime.errors import LawcatError
 
 INTERRUPTED = 130
+PLACES = ("model", "teacher", "adapter", "reference")  # options that are a path or a name
 COMMANDS = {
     "demo": "The main job on the embedded teacher, start to end.",
     "distill": "Train an adapter: a teacher's attention becomes linear.",
@@ -40,7 +45,7 @@ COMMANDS = {
 # Newer versions of typer carry a click of their own and older ones need the package; this fits both.
 _ClickException: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 _EXTRA_OF = {"typer": "", "matplotlib": "build", "pyarrow": "data", "triton": "triton", "starlette": "serve"}
-_EXTRA_OF |= {"uvicorn": "serve", "cryptography": "sign"}
+_EXTRA_OF |= {"zstandard": "data", "uvicorn": "serve", "cryptography": "sign"}
 _NO_MEMORY = re.compile(r"out of memory|can't allocate memory", re.IGNORECASE)
 
 
@@ -54,7 +59,7 @@ class Lazy(TyperGroup):
         if cmd_name not in COMMANDS:
             return None
         function = getattr(importlib.import_module(f"lawcat_edge.commands.{cmd_name}"), cmd_name)
-        info = CommandInfo(name=cmd_name, callback=function, help=function.__doc__)
+        info = CommandInfo(name=cmd_name, callback=_at_home(function), help=function.__doc__)
         return get_command_from_info(info, pretty_exceptions_short=True, rich_markup_mode=None)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
@@ -62,9 +67,37 @@ class Lazy(TyperGroup):
             formatter.write_dl(list(COMMANDS.items()))
 
 
+_interrupted: list[tuple[str, dict[str, Any]]] = []
+"""The command that Ctrl-C ended last, and its options."""
+
+
+def _at_home(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The command, with ``~`` read in its paths: a shell leaves it in ``--out=~/b`` and in quotes."""
+
+    def expanded(name: str, value: Any) -> Any:
+        from lawcat_edge.runtime.files import user_path
+
+        if isinstance(value, (list, tuple)):
+            return [expanded(name, item) for item in value]
+        if isinstance(value, Path):
+            return user_path(value)
+        return str(user_path(value)) if name in PLACES and str(value).startswith("~") else value
+
+    @functools.wraps(function)
+    def command(**values: Any) -> Any:
+        values = {name: expanded(name, value) for name, value in values.items()}
+        try:
+            return function(**values)
+        except KeyboardInterrupt:
+            _interrupted[:] = [(function.__name__, values)]  # typer hands on no more than a number
+            raise
+
+    return command
+
+
 app = typer.Typer(
     cls=Lazy,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -91,11 +124,13 @@ def root(
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit."""
+    write_any_text(sys.stdout, sys.stderr)
     sys.exit(run(arguments))
 
 
 def run(arguments: list[str] | None = None, environment: Mapping[str, str] = os.environ) -> int:
     """Run the command line; the exit code instead of an exception, unless LAWCAT_EDGE_DEBUG is set."""
+    _interrupted.clear()
     try:
         result = app(args=arguments, prog_name="lawcat-edge", standalone_mode=False)
         code = result if isinstance(result, int) else 0
@@ -113,8 +148,26 @@ def run(arguments: list[str] | None = None, environment: Mapping[str, str] = os.
         rank = environment.get("RANK", "0")  # one of many processes: say which, since each may fail alone
         print(f"Error{'' if rank == '0' else f' in process {rank}'}: {message}", file=sys.stderr)
     if code == INTERRUPTED:  # typer turns Ctrl-C into this code itself
-        print("Interrupted; nothing half-written was left in place.", file=sys.stderr)
+        step = _go_on(sys.argv[1:] if arguments is None else arguments)
+        print(f"Interrupted; nothing half-written was left in place.{step}", file=sys.stderr)
     return code
+
+
+def _go_on(arguments: list[str]) -> str:
+    """How an interrupted command goes on where it was, or nothing for one that keeps nothing."""
+    name, values = _interrupted[0] if _interrupted else ("", {})
+    words = list(arguments)
+    if name == "distill":
+        from lawcat_edge.distill.run_folder import run_folder, unfinished
+
+        words = [word for word in words if word not in ("--resume", "--fresh")]
+        if unfinished(run_folder(values["out"])):
+            words.append("--resume")
+    elif name == "compare":
+        words = [word for word in words if word != "--no-resume"]
+    elif name not in ("export", "demo"):
+        return ""
+    return f" To go on: {shlex.join(['lawcat-edge', *words])}"
 
 
 def explain(error: Exception) -> tuple[str | None, int]:

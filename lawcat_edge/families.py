@@ -174,7 +174,8 @@ class Geometry:
             hidden, heads = data["hidden_size"], data["num_attention_heads"]
             rope = data.get("rope_parameters") or {**(data.get("rope_scaling") or {})}
             kind = rope.get("rope_type", rope.get("type", "default"))
-            if float(rope.get("partial_rotary_factor", 1.0)) != 1.0:
+            partial = rope.get("partial_rotary_factor")
+            if partial is not None and float(partial) != 1.0:
                 raise LawcatError("A partial rotary embedding is not supported; take another teacher.")
             theta = float(rope.get("rope_theta") or data.get("rope_theta") or 10000.0)
             extra = {

@@ -29,15 +29,15 @@ class LawcatLayer(nn.Module):
     """One decoder layer: x + attention(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(
-        self, teacher: Any, geometry: Geometry, config: LawcatConfig, backend: str, full: bool
+        self, teacher: Any, geometry: Geometry, config: LawcatConfig, backend: str, layer: int, seed: int
     ) -> None:
         super().__init__()
-        self.full = full
+        self.full = config.full_attention(layer)
         self.input_layernorm = teacher.input_layernorm
         self.self_attn: SoftmaxAttention = (
             SoftmaxAttention(teacher.self_attn, geometry, config.attention_span)
-            if full
-            else LawcatAttention(teacher.self_attn, geometry, config, backend)
+            if self.full
+            else LawcatAttention(teacher.self_attn, geometry, config, backend, layer, seed)
         )
         self.post_attention_layernorm = teacher.post_attention_layernorm
         self.mlp = teacher.mlp
@@ -92,14 +92,14 @@ class LawcatModel(nn.Module):
     """
 
     def __init__(
-        self, hf_model: Any, geometry: Geometry, config: LawcatConfig, backend: str = "auto"
+        self, hf_model: Any, geometry: Geometry, config: LawcatConfig, backend: str = "auto", seed: int = 0
     ) -> None:
         super().__init__()
         config.check_geometry(geometry)
         self.geometry, self.config, self.backend = geometry, config, backend
         self.embed_tokens = hf_model.model.embed_tokens
         self.layers: Any = nn.ModuleList(
-            LawcatLayer(layer, geometry, config, backend, config.full_attention(i))
+            LawcatLayer(layer, geometry, config, backend, i, seed)
             for i, layer in enumerate(hf_model.model.layers)
         )
         self.norm = hf_model.model.norm
@@ -246,9 +246,7 @@ def load_student(
         config = adapter.config
     config = config or LawcatConfig(feature_dim=teacher.geometry.head_dim // 2)
     hf_model = teacher.load_model()
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = LawcatModel(hf_model, teacher.geometry, config, backend)
+    model = LawcatModel(hf_model, teacher.geometry, config, backend, seed)
     if adapter is not None:
         model.load_adapter(adapter)
     return model.eval()

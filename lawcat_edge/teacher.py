@@ -7,25 +7,28 @@ converted once, through transformers, into the cache (LAWCAT_EDGE_CACHE, else ~/
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import importlib.util
-import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lawcat_edge.families import FAMILIES, Geometry
+from lawcat_edge.families import Geometry
 from lawcat_edge.runtime.errors import LawcatError
-from lawcat_edge.runtime.files import read_bytes, read_json, sha256_file
+from lawcat_edge.runtime.files import read_bytes, read_json, sha256_file, user_path
+from lawcat_edge.weights import INDEX, SafetensorsWeights, check_shapes, weight_files
 
 if TYPE_CHECKING:
     from lawcat_edge.weights import WeightSource
 
 MARK = "lawcat_teacher.json"  # in a converted folder: where it came from
+FORMAT = 2  # of a conversion: 1 dropped scaled rotary frequencies and windows
 
 
 @dataclass(frozen=True)
@@ -44,10 +47,7 @@ class Teacher:
     def chat_template(self) -> tuple[str, str] | None:
         """The source of the teacher's chat template and its end token; None where it has no template."""
         path = self.folder / "tokenizer_config.json"
-        try:  # not read_json: transformers writes lengths of 31 digits here, which that refuses
-            settings = json.loads(read_bytes(path, 32 << 20)) if path.is_file() else {}
-        except (ValueError, RecursionError) as error:
-            raise LawcatError(f"{path} is no readable JSON ({error}); get the model anew.") from None
+        settings = read_json(path) if path.is_file() else {}
         settings = settings if isinstance(settings, dict) else {}
         source = settings.get("chat_template")
         if isinstance(source, list):  # several, by name
@@ -58,8 +58,6 @@ class Teacher:
         return (source, end["content"] if isinstance(end, dict) else end) if source else None
 
     def weights(self) -> WeightSource:
-        from lawcat_edge.weights import SafetensorsWeights
-
         return SafetensorsWeights(self.folder)
 
     def load_model(self) -> Any:
@@ -69,20 +67,37 @@ class Teacher:
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
 
-        from lawcat_edge.weights import check_shapes
-
         # transformers only warns about a missing tensor and makes up random numbers for it
         check_shapes(self.weights(), self.geometry)
         logging.disable_progress_bar()
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                self.folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
-            )
+            with self._as_transformers_reads() as folder:
+                model = AutoModelForCausalLM.from_pretrained(
+                    folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
+                )
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise LawcatError(
                 f"{self.folder} could not be loaded: {_first_line(error)}; get the model anew."
             ) from error
         return model.eval()
+
+    @contextlib.contextmanager
+    def _as_transformers_reads(self) -> Iterator[Path]:
+        """The folder, or links to the files that count where transformers would take another one.
+
+        Beside an index it takes a stray model.safetensors.
+        """
+        files, held = weight_files(self.folder)
+        stray = self.folder / "model.safetensors"
+        if not held or stray in files or not stray.is_file():
+            yield self.folder
+            return
+        names = [*(path.name for path in files), "config.json", "generation_config.json", INDEX]
+        with tempfile.TemporaryDirectory(prefix="lawcat-teacher-") as links:
+            for member in names:
+                if (self.folder / member).is_file():
+                    (Path(links) / member).symlink_to((self.folder / member).resolve())
+            yield Path(links)
 
 
 def resolve(name: str | Path) -> Teacher:
@@ -92,7 +107,7 @@ def resolve(name: str | Path) -> Teacher:
         raise LawcatError("The teacher has no name; give a folder, a GGUF file, a hub id, or 'smollm2'.")
     if text == "smollm2":
         return _from_gguf(_embedded(), text)
-    path = Path(text).expanduser()
+    path = user_path(text)
     if path.is_dir():
         return _from_folder(path, text)
     if path.is_file():
@@ -129,9 +144,7 @@ def _from_folder(folder: Path, name: str) -> Teacher:
     if mark.is_file():
         digest = _digest_of(mark)
     else:
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise LawcatError(f"{folder} has no *.safetensors; save the model with save_pretrained first.")
+        files, _ = weight_files(folder)
         joined = "".join(sha256_file(file) for file in files)
         digest = sha256_file(files[0]) if len(files) == 1 else hashlib.sha256(joined.encode()).hexdigest()
     return Teacher(name, folder, digest, geometry)
@@ -161,50 +174,80 @@ def state_name() -> str:
 
 
 def cache_folder() -> Path:
-    return Path(os.environ.get("LAWCAT_EDGE_CACHE") or Path.home() / ".cache" / "lawcat-edge")
+    given = os.environ.get("LAWCAT_EDGE_CACHE")
+    if given:
+        return user_path(given)
+    try:
+        return Path.home() / ".cache" / "lawcat-edge"
+    except RuntimeError:
+        raise LawcatError(
+            "There is no home folder to keep converted teachers in; set LAWCAT_EDGE_CACHE to a folder."
+        ) from None
 
 
 def _from_gguf(file: Path, name: str) -> Teacher:
     digest = sha256_file(file)
     target = cache_folder() / digest
-    if not (target / MARK).is_file():
+    if not _converted(target):
         _convert_gguf(file, digest, target)
     return _from_folder(target, name)
 
 
+def _converted(folder: Path) -> bool:
+    """Whether this version's conversion is there; earlier ones dropped metadata and are made anew."""
+    if not (folder / MARK).is_file():
+        return False
+    note = read_json(folder / MARK)
+    # A damaged mark is not made anew in silence: what reads it says what to do.
+    damaged = not isinstance(note, dict) or not isinstance(note.get("sha256"), str)
+    return damaged or note.get("format") == FORMAT
+
+
 def _convert_gguf(file: Path, digest: str, target: Path) -> None:
     """Write the safetensors folder to a temporary name and rename it, so a kill leaves nothing half done."""
-    _check_gguf(file)  # before the slow imports
+    from lawcat_edge.gguf_file import read_gguf
+
+    header = read_gguf(file)  # before the slow imports
 
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     from lawcat_edge.runtime.files import write_json
 
     logging.disable_progress_bar()
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LawcatError(
+            f"Converted teachers cannot be kept in {target.parent} ({error.strerror}); set LAWCAT_EDGE_CACHE "
+            f"to a folder that can be written."
+        ) from error
     building = Path(tempfile.mkdtemp(prefix=".converting-", dir=target.parent))
     alone = Path(tempfile.mkdtemp(prefix=".converting-", dir=target.parent))
     try:
         # In a folder of its own: transformers reads more of a folder than the file it is told to.
         (alone / "model.gguf").symlink_to(file.resolve())
         where = {"pretrained_model_name_or_path": str(alone), "gguf_file": "model.gguf"}
+        config = AutoConfig.from_pretrained(**where, trust_remote_code=False)
+        config.head_dim = header.head_dim
         model: Any = AutoModelForCausalLM.from_pretrained(
-            **where, dtype=torch.float32, trust_remote_code=False
+            **where, config=config, dtype=torch.float32, trust_remote_code=False
         )
         tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
         # transformers keeps a quantizer that would refuse to save the dequantised weights
         model.hf_quantizer = None
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
-        Geometry.from_hf(model.config)
         for name, parameter in model.named_parameters():
             if not bool(torch.isfinite(parameter).all()):
                 raise LawcatError(f"{file}: {name} holds NaN or infinity; download it again.")
         model.save_pretrained(building)
         tokenizer.save_pretrained(building)
-        write_json(building / MARK, {"source": file.name, "sha256": digest})
+        settings = {**read_json(building / "config.json"), **header.config}
+        Geometry.from_hf(settings)
+        write_json(building / "config.json", settings)
+        write_json(building / MARK, {"format": FORMAT, "source": file.name, "sha256": digest})
         _put(building, target)
     except Exception as error:  # transformers raises whatever it stumbles over in a bad file
         if isinstance(error, (LawcatError, MemoryError)):
@@ -219,98 +262,53 @@ def _convert_gguf(file: Path, digest: str, target: Path) -> None:
 
 def _put(building: Path, target: Path) -> None:
     """Give a finished conversion its name; what another process finished meanwhile stays, for its readers."""
-    if (target / MARK).is_file():
+    if _converted(target):
         return
-    shutil.rmtree(target, ignore_errors=True)  # a leftover without its mark
+    shutil.rmtree(target, ignore_errors=True)  # a leftover without its mark, or of an earlier version
     try:
         building.rename(target)
     except OSError:
-        if not (target / MARK).is_file():
+        if not _converted(target):
             raise
-
-
-def _check_gguf(file: Path) -> None:
-    """Refuse a truncated, foreign or incomplete GGUF and an unsupported family, before the conversion.
-
-    transformers makes up what a GGUF lacks: random weights for a missing tensor, and for a missing size that
-    of a 7B model, which would take all memory.
-    """
-    import gguf
-
-    try:
-        reader = gguf.GGUFReader(file)
-        field = reader.get_field("general.architecture")
-        family = str(field.contents()) if field else "?"
-        tensors = {t.name: tuple(int(n) for n in t.shape) for t in reader.tensors}
-        size = file.stat().st_size
-        short = any(int(t.data_offset) + int(t.n_bytes) > size for t in reader.tensors)
-        facts: dict[str, Any] = {}
-        for name in _GGUF_SIZES:
-            field = reader.get_field(f"{family}.{name}")
-            facts[name] = field.contents() if field else None
-    except Exception as error:  # the reader raises whatever numpy raises on bad bytes
-        raise LawcatError(
-            f"{file} is no whole GGUF file ({_first_line(error)}); download it again."
-        ) from error
-    if short or not tensors:
-        raise LawcatError(f"{file} is cut short: a tensor lies past its end; download it again.")
-    if family not in FAMILIES:
-        raise LawcatError(f"{file} is of the family {family!r}; supported are {', '.join(FAMILIES)}.")
-    D, layers, width, H = (facts[name] for name in _GGUF_SIZES[:4])
-    sized = all(type(n) is int and n > 0 for n in (D, layers, width, H)) and layers <= len(tensors)
-    G, d = facts["attention.head_count_kv"] or H, facts["attention.key_length"] or (D // H if sized else 0)
-    if not sized or type(G) is not int or type(d) is not int:
-        raise LawcatError(f"{file} does not state the model's sizes as a GGUF should; get another one.")
-    vocabulary = tensors.get("token_embd.weight", (0, 0))[-1]
-    wanted: dict[str, tuple[int, ...]] = {
-        "token_embd.weight": (D, facts["vocab_size"] or vocabulary),
-        "output_norm.weight": (D,),
-    }
-    block = {
-        "attn_norm": (D,), "attn_q": (D, H * d), "attn_k": (D, G * d), "attn_v": (D, G * d),
-        "attn_output": (H * d, D), "ffn_norm": (D,), "ffn_gate": (D, width), "ffn_up": (D, width),
-        "ffn_down": (width, D),
-    }  # fmt: skip
-    for i in range(layers):
-        wanted |= {f"blk.{i}.{name}.weight": shape for name, shape in block.items()}
-    for name, shape in wanted.items():
-        if tensors.get(name) != shape:
-            raise LawcatError(
-                f"{file}: tensor {name!r} is {tensors.get(name)}, its sizes ask for {shape}; get it again."
-            )
-
-
-_GGUF_SIZES = (
-    "embedding_length",
-    "block_count",
-    "feed_forward_length",
-    "attention.head_count",
-    "attention.head_count_kv",
-    "attention.key_length",
-    "vocab_size",
-)
 
 
 def _from_hub(name: str) -> Teacher:
     from transformers import AutoTokenizer
     from transformers.utils import cached_file
 
+    there = _hub_reachable()
+    only: dict[str, Any] = {} if there else {"local_files_only": True}  # what was fetched before
     try:
-        config = Path(str(cached_file(name, "config.json")))
+        config = Path(str(cached_file(name, "config.json", **only)))
         _geometry(config)  # refuses an unsupported family before its weights are fetched
-        AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        index = cached_file(name, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
+        AutoTokenizer.from_pretrained(name, trust_remote_code=False, **only)
+        # may name end tokens that config.json does not
+        cached_file(name, "generation_config.json", _raise_exceptions_for_missing_entries=False, **only)
+        index = cached_file(name, INDEX, _raise_exceptions_for_missing_entries=False, **only)
         shards = ["model.safetensors"]
         if index:
             shards = sorted(set(read_json(Path(index))["weight_map"].values()))
         for shard in shards:
-            cached_file(name, shard)
+            cached_file(name, shard, **only)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        why = "is unknown to the hub or has no safetensors there"
+        if not there:
+            why = "the hub cannot be reached (offline?)"
         raise LawcatError(
-            f"The teacher {name!r} is no local path and could not be had from the hub (offline, unknown, or "
-            f"without safetensors); give a folder, a GGUF file, or 'smollm2'."
+            f"The teacher {name!r} is no local path, and {why}; give a folder, a GGUF file, or 'smollm2'."
         ) from error
     return _from_folder(config.parent, name)
+
+
+def _hub_reachable() -> bool:
+    """One try: the hub's own client says a dozen lines in half a minute before it gives up."""
+    import huggingface_hub
+
+    try:
+        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=10)
+    except Exception:  # offline mode, no route, no name, a proxy that refuses: each client has its own types
+        return False
+    return True
 
 
 def _first_line(error: BaseException) -> str:

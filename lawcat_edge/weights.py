@@ -14,7 +14,7 @@ import numpy as np
 from lawcat_edge.families import Geometry
 from lawcat_edge.lora import ATTENTION_TARGETS
 from lawcat_edge.runtime.errors import LawcatError
-from lawcat_edge.runtime.files import MAX_JSON_BYTES, open_regular, parse_json
+from lawcat_edge.runtime.files import MAX_JSON_BYTES, check_member_name, open_regular, parse_json, read_json
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
@@ -25,6 +25,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
 _OTHER_SIZES = {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 _OTHER_SIZES |= {"F8_E4M3": 1, "F8_E5M2": 1}
 _MAX_RANK = 16
+INDEX = "model.safetensors.index.json"
 
 
 class WeightSource(Protocol):
@@ -83,18 +84,43 @@ def check_shapes(source: WeightSource, geometry: Geometry) -> None:
             raise LawcatError(f"{name} is {list(source.shape(name))}, but config.json implies {list(shape)}.")
 
 
+def weight_files(folder: Path) -> tuple[list[Path], dict[str, str]]:
+    """The files that hold a folder's weights, sorted, and which of them holds a tensor (from the index).
+
+    An index decides where there is one, else model.safetensors alone counts: beside them lie variants in
+    other precisions, optimiser states, a second copy in another layout. Without either, all safetensors do
+    but hidden ones (``._model.safetensors`` of macOS). LawcatError for a folder without any, a damaged index,
+    and a file that the index names and that is not there.
+    """
+    index, single = folder / INDEX, folder / "model.safetensors"
+    if index.is_file():
+        data = read_json(index)
+        held = data.get("weight_map") if isinstance(data, dict) else None
+        if not isinstance(held, dict) or not held or not all(isinstance(v, str) for v in held.values()):
+            raise LawcatError(f"{index} has no weight_map of file names; get the model anew.")
+        paths = [folder / check_member_name(name) for name in sorted(set(held.values()))]
+        for path in paths:
+            if not path.is_file():
+                raise LawcatError(f"{index} names {path.name}, which is not in {folder}; get the model anew.")
+        return paths, held
+    paths = [path for path in sorted(folder.glob("*.safetensors")) if not path.name.startswith(".")]
+    if single.is_file():
+        paths = [single]
+    if not paths:
+        raise LawcatError(f"{folder} has no *.safetensors; save the model with save_pretrained first.")
+    return paths, {}
+
+
 class SafetensorsWeights:
-    """All ``*.safetensors`` of a folder, by plain file reads: a memory map would keep the pages resident."""
+    """The weights of a folder, by plain file reads: a memory map would keep the pages resident."""
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        paths = sorted(Path(folder).glob("*.safetensors"))
-        if not paths:
-            raise LawcatError(f"There is no .safetensors file in {folder}; give the folder of a teacher.")
+        paths, held = weight_files(Path(folder))
         self._index: dict[str, tuple[Path, str, tuple[int, ...], int]] = {}
         for path in paths:
             for name, entry in read_header(path).items():
-                if entry[0] not in DTYPES:
-                    raise LawcatError(f"{name} in {path} is {entry[0]}; only float tensors are supported.")
+                if held.get(name, path.name) != path.name:
+                    continue
                 if name in self._index:
                     raise LawcatError(f"{name} is in two files of {folder}; remove the stale one.")
                 self._index[name] = (path, *entry)
@@ -117,9 +143,12 @@ class SafetensorsWeights:
 
     def _entry(self, name: str) -> tuple[Path, str, tuple[int, ...], int]:
         try:
-            return self._index[name]
+            entry = self._index[name]
         except KeyError:
             raise LawcatError(f"The weights lack {name}; the teacher's folder is of another model.") from None
+        if entry[1] not in DTYPES:  # said of what is used alone: a folder may hold positions or counters too
+            raise LawcatError(f"{name} in {entry[0]} is {entry[1]}; only float tensors are supported.")
+        return entry
 
     def _read(self, name: str, start: int, count: int) -> np.ndarray:
         path, kind, _, offset = self._entry(name)

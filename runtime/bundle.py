@@ -30,6 +30,8 @@ OPS = ("ort", "onnx", "portable")
 GRAPHS = ("last", "all", "step", "chunk", "genai", "ort_format")
 TOKENIZER = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+GENERATION_CONFIG = "generation_config.json"
 GENERATION_CONFIG = "generation_config.json"
 MAX_STATE_BYTES = 4 << 30
 

@@ -28,11 +28,21 @@ from lawcat_edge.runtime.errors import LawcatError
 
 MAX_JSON_BYTES = 32 << 20
 MAX_JSON_DEPTH = 64
+MAX_DIGITS = 38
 MAX_JSON_VALUES = 2_000_000  # an empty list takes two bytes of a file and sixty of memory
 _WINDOWS_DEVICES = {
     *("con", "prn", "aux", "nul", "conin$", "conout$", "clock$"),
     *(f"{d}{n}" for d in ("com", "lpt") for n in range(10)),
 }
+
+
+def user_path(text: str | Path) -> Path:
+    """A path as the user wrote it, with ``~`` and ``~name`` as the shell reads them."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        who = Path(text).parts[0]
+        raise LawcatError(f"There is no home folder for {who!r} ({text}); write the whole path.") from None
 
 
 def check_member_name(name: object) -> str:
@@ -118,7 +128,7 @@ def parse_json(data: bytes, what: str, max_depth: int = MAX_JSON_DEPTH) -> Any:
         raise LawcatError(f"{what} holds {values:,} values; at most {MAX_JSON_VALUES:,} are allowed.")
     try:
         return json.loads(
-            data.decode("utf-8"),
+            data.decode("utf-8-sig"),  # editors on Windows put a mark before it
             object_pairs_hook=_unique_keys,
             parse_constant=_no_constant,
             parse_int=_short_int,
@@ -168,8 +178,10 @@ def _no_constant(name: str) -> Any:
 
 
 def _short_int(text: str) -> int:
-    if len(text) > 20:
-        raise ValueError("a whole number has more than 20 digits")
+    # transformers writes 1000000000000000019884624838656 for "no limit" into ordinary tokenizer_config.json;
+    # whatever has 38 digits still fits a float32.
+    if len(text) > MAX_DIGITS:
+        raise ValueError(f"a whole number has more than {MAX_DIGITS} digits")
     return int(text)
 
 

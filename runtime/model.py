@@ -10,16 +10,22 @@ from typing import Any
 
 import numpy as np
 
-from lawcat_edge.runtime import batch
-from lawcat_edge.runtime.bundle import CHAT_TEMPLATE, TOKENIZER, Bundle
+from lawcat_edge.runtime import batch, files
+from lawcat_edge.runtime.bundle import (
+    CHAT_TEMPLATE,
+    GENERATION_CONFIG,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    Bundle,
+)
 from lawcat_edge.runtime.context import Context, Generation, Mark, Result
 from lawcat_edge.runtime.engine import Engine
 from lawcat_edge.runtime.errors import LawcatError
-from lawcat_edge.runtime.sampling import Sampler, SamplingOptions
+from lawcat_edge.runtime.sampling import Sampler, SamplingOptions, sampling_defaults
 from lawcat_edge.runtime.snapshot import Snapshot
 from lawcat_edge.runtime.stats import peak_memory
 from lawcat_edge.runtime.template import ChatTemplate, Message, check_messages
-from lawcat_edge.runtime.text import Detokenizer, StopStrings, Tokenizer
+from lawcat_edge.runtime.text import Detokenizer, StopStrings, Tokenizer, special_tokens
 
 Prompt = str | Sequence[int]
 
@@ -33,6 +39,7 @@ class Request:
     stop: tuple[str, ...]
     logprobs: int | None
     ignore_eos: bool
+    record_end: bool = False  # the end token too has its log-probability recorded
 
     @classmethod
     def of(
@@ -221,11 +228,24 @@ class Model:
                 source = self.bundle.read(CHAT_TEMPLATE, 1 << 20).decode("utf-8")
             except UnicodeDecodeError as error:
                 raise LawcatError("The chat template is not UTF-8; export the bundle again.") from error
-            tokens = self.bundle.manifest.tokens
-            ids = (tokens.get("bos"), next(iter(tokens["eos"]), None))
-            bos, eos = ("" if token is None else self.tokenizer.token(token) for token in ids)
-            self._template = ChatTemplate(source, bos, eos)
+            self._template = ChatTemplate(source, self._special_tokens())
         return self._template
+
+    def sampling_defaults(self, temperature: float = 0.0) -> SamplingOptions:
+        """What the bundle's generation_config.json asks for; `temperature` where it names none."""
+        if not self.bundle.has(GENERATION_CONFIG):
+            return SamplingOptions(temperature=temperature)
+        data = self.bundle.read(GENERATION_CONFIG, 1 << 20)
+        return sampling_defaults(files.parse_json(data, GENERATION_CONFIG), temperature)
+
+    def _special_tokens(self) -> dict[str, str]:
+        """By name, for the template: the tokenizer's own; a bundle without its settings has only ids."""
+        if self.bundle.has(TOKENIZER_CONFIG):
+            data = self.bundle.read(TOKENIZER_CONFIG, 32 << 20)
+            return special_tokens(files.parse_json(data, TOKENIZER_CONFIG))
+        tokens = self.bundle.manifest.tokens
+        ids = {"bos_token": tokens.get("bos"), "eos_token": next(iter(tokens["eos"]), None)}
+        return {name: "" if token is None else self.tokenizer.token(token) for name, token in ids.items()}
 
     def encode(self, prompt: Prompt, first: bool = True) -> list[int]:
         """Token ids of a prompt; first: it begins the text, so the tokenizer adds its begin token."""
@@ -327,6 +347,8 @@ class Writer:
         choice = self.sampler.choose(logits, len(self.context))
         if choice.token in self._eos:
             # Not added to the text: what comes after it is for the template to say.
+            if self.request.record_end:
+                self.generation.choices.append(choice)
             return self._end("eos")
         self.context.tokens.append(choice.token)
         self.sampler.observe([choice.token])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -46,9 +47,27 @@ class SamplingOptions:
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
                 raise LawcatError(f"{name} must be a number from {low:g} to {high:g}, not {value!r}.")
         if type(self.top_k) is not int or not 0 <= self.top_k <= 1 << 24:
-            raise LawcatError(f"top_k must be a whole number of at least 0, not {self.top_k!r}.")
+            raise LawcatError(f"top_k must be a whole number from 0 to {1 << 24:,}, not {self.top_k!r}.")
         if self.seed is not None and (type(self.seed) is not int or not 0 <= self.seed < 1 << 63):
             raise LawcatError(f"seed must be a whole number from 0 to 2**63 - 1, not {self.seed!r}.")
+
+
+def sampling_defaults(settings: Any, temperature: float) -> SamplingOptions:
+    """What the content of a generation_config.json asks for; LawcatError for values that are none.
+
+    temperature: where it says neither a temperature nor whether to sample. ``do_sample`` false is greedy.
+    """
+    settings = settings if isinstance(settings, dict) else {}
+    sample = settings.get("do_sample")
+    values = {"temperature": 0.0 if sample is False else 1.0 if sample is True else temperature}
+    for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty"):
+        value = settings.get(name)
+        if value is not None and not (name == "temperature" and sample is False):
+            values[name] = max(value, 0) if name == "top_k" and type(value) is int else value
+    try:
+        return SamplingOptions(**values)  # type: ignore[arg-type]
+    except LawcatError as error:
+        raise LawcatError(f"generation_config.json: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -91,11 +110,7 @@ class Sampler:
             scores = scores.copy()
             scores[self._seen] = np.where(seen > 0, seen / penalty, seen * penalty)
         token = int(scores.argmax()) if self.options.temperature == 0 else self._draw(scores, position)
-        if self.logprobs is None:
-            return Choice(token, float("nan"))
-        log_z = best + float(np.log(np.exp(raw - best).sum()))
-        top = _descending(raw, self.logprobs) if self.logprobs else np.empty(0, np.int64)
-        return Choice(token, float(raw[token]) - log_z, tuple((int(i), float(raw[i]) - log_z) for i in top))
+        return Choice(token, float("nan")) if self.logprobs is None else score(raw, token, self.logprobs)
 
     def probabilities(self, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(token ids, probabilities) that remain after the filters, most likely first; ties by lower id."""
@@ -139,6 +154,15 @@ class Sampler:
         tokens, cumulative, mass = self._kept(scores, uniform)
         index = int(np.searchsorted(cumulative, uniform * mass, side="right"))
         return int(tokens[min(index, tokens.size - 1)])
+
+
+def score(logits: np.ndarray, token: int, count: int) -> Choice:
+    """`token` with its log-probability under logits [V], and the `count` most likely ones."""
+    raw = logits.astype(np.float64, copy=False)
+    best = float(raw.max())
+    log_z = best + float(np.log(np.exp(raw - best).sum()))
+    top = _descending(raw, count) if count else np.empty(0, np.int64)
+    return Choice(token, float(raw[token]) - log_z, tuple((int(i), float(raw[i]) - log_z) for i in top))
 
 
 def _descending(values: np.ndarray, count: int) -> np.ndarray:

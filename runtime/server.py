@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import signal
 import socket
 import sys
@@ -28,12 +29,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from lawcat_edge.runtime.errors import LawcatError
+from lawcat_edge.runtime.bundle import CHAT_TEMPLATE
+from lawcat_edge.runtime.errors import BundleFault, LawcatError
 from lawcat_edge.runtime.model import Model
 from lawcat_edge.runtime.server_answer import Answer
 from lawcat_edge.runtime.server_gate import Gate, error_response, is_local, read_request
 from lawcat_edge.runtime.server_replies import model_json
 from lawcat_edge.runtime.server_requests import (
+    PLAIN,
     Asked,
     BadRequest,
     check_model,
@@ -42,6 +45,9 @@ from lawcat_edge.runtime.server_requests import (
     read_body,
 )
 from lawcat_edge.runtime.server_worker import Closing, QueueFull, Worker
+
+LAST_WORD_SECONDS = 5  # after the grace, for readers to take what was written and the word of the end
+SEND_BUFFER = 64 << 10
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,7 @@ class Options:
     stall_seconds: float = 60.0
     api_key: str | None = None
     check_host: bool = True
+    allowed_hosts: tuple[str, ...] = ()
     cors: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -66,16 +73,25 @@ class Options:
             raise LawcatError("--max-tokens and --max-request-mb must be larger than 0.")
         if self.api_key is not None and not self.api_key.strip():
             raise LawcatError("The API key is empty; give one, or leave --api-key out.")
+        for name in self.allowed_hosts:
+            if not re.fullmatch(r"(\*\.)?[a-z0-9_-]+(\.[a-z0-9_-]+)*", name):
+                raise LawcatError(f"--allowed-host must be a name such as llm.example.com, not {name!r}.")
+        for origin in self.cors:
+            if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/?#\s]+", origin):
+                raise LawcatError(f"--cors must be an origin such as https://my.example, not {origin!r}.")
 
 
 def create_app(model: Model, options: Options = Options()) -> Starlette:
     """The ASGI application. It owns `model` from its start to its shutdown: use the model nowhere else."""
     service = _Service(model, options)
-    middleware = [Middleware(Gate, api_key=options.api_key, check_host=options.check_host)]
+    gate = Middleware(
+        Gate, options.api_key, check_host=options.check_host, allowed_hosts=options.allowed_hosts
+    )
+    middleware = [gate]
     if options.cors:
-        headers = ["Authorization", "Content-Type"]
+        # Any header: OpenAI's client sends a dozen of its own, and who may ask is for the origin and the key.
         cors = Middleware(
-            CORSMiddleware, allow_origins=list(options.cors), allow_methods=["*"], allow_headers=headers
+            CORSMiddleware, allow_origins=list(options.cors), allow_methods=["*"], allow_headers=["*"]
         )
         middleware.insert(0, cors)
     app = Starlette(
@@ -100,23 +116,30 @@ def listen(host: str, port: int) -> socket.socket:
         raise LawcatError(f"--port must be from 0 to 65535, not {port}.")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=128)
+        listener = socket.create_server((host, port), family=family, backlog=128)
     except OSError as error:
         raise LawcatError(
             f"Cannot listen on {host} port {port} ({error.strerror or error}); choose another with --port."
         ) from error
+    # Connections inherit it. The system would let megabytes wait for a slow reader, who then could not be
+    # reached with the word of the end before the server's time is over.
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+    return listener
 
 
 class _Server(uvicorn.Server):
-    """Ends the answers under way itself, with a word to their readers, before uvicorn breaks them off."""
+    """Ends the answers under way itself, with a word to their readers, before uvicorn breaks them off.
+
+    uvicorn cuts whatever is left at its own deadline without a word, so nothing here may wait for the model:
+    its thread can be in the middle of a long turn.
+    """
 
     def __init__(self, config: uvicorn.Config, service: _Service, grace_seconds: float) -> None:
         super().__init__(config)
         self.service, self.grace_seconds = service, grace_seconds
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        if self.service.worker is not None:
-            asyncio.get_running_loop().call_later(self.grace_seconds, self.service.worker.stop)
+        asyncio.get_running_loop().call_later(self.grace_seconds, self.service.end)
         await super().shutdown(sockets)
 
 
@@ -139,7 +162,7 @@ def build_server(model: Model, options: Options, grace_seconds: float = 3.0) -> 
         # Requests beyond the queue get a proper 429; this is for connections by the hundred.
         limit_concurrency=options.parallel + options.queue + 128,
         # For readers that do not even take the word of the end.
-        timeout_graceful_shutdown=int(grace_seconds) + 3,
+        timeout_graceful_shutdown=int(grace_seconds) + LAST_WORD_SECONDS,
     )
     return _Server(config, app.state.service, grace_seconds)
 
@@ -154,8 +177,13 @@ def serve(
     if not is_local(host) and options.api_key is None:
         print(f"Warning: anyone who reaches {host} can use this server; set --api-key.", file=sys.stderr)
     server = build_server(model, options)
-    # uvicorn raises the signal again when it is done: ending on SIGTERM is success.
-    before = signal.signal(signal.SIGTERM, lambda *_: None)
+
+    def end(*_: object) -> None:
+        # Before uvicorn listens to signals this ends the server at its start. uvicorn raises the signal again
+        # when it is done: ending on SIGTERM is success.
+        server.should_exit = True
+
+    before = signal.signal(signal.SIGTERM, end)
     try:
         if ready is not None:
             ready(f"http://{name}:{listener.getsockname()[1]}/v1")
@@ -170,11 +198,28 @@ class _Service:
 
     def __init__(self, model: Model, options: Options) -> None:
         self.model, self.options = model, options
+        self.defaults = model.sampling_defaults(temperature=PLAIN.temperature)
+        if model.bundle.has(CHAT_TEMPLATE):
+            assert model.template  # that it cannot be compiled is said now, not to every client
         self.names = options.names or (model.bundle.manifest.name,)
         self.created = int(time.time())
         # One thread: a template's meter is not shared, and tokenizing must not take the model's cores.
         self.prepare = ThreadPoolExecutor(1, thread_name_prefix="lawcat-text")
         self.worker: Worker | None = None
+        # What the end of the server has to be told to: answers under way, and requests being read.
+        self.answers: set[Answer] = set()
+        self.reading: set[asyncio.Timeout] = set()
+        self.ended = False
+
+    def end(self) -> None:
+        """Take no more requests and end all answers now, whatever the model's thread is doing."""
+        self.ended = True
+        if self.worker is not None:
+            self.worker.stop()
+        for timeout in self.reading:
+            timeout.reschedule(asyncio.get_running_loop().time())
+        for answer in self.answers:
+            answer.end()
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
@@ -213,12 +258,13 @@ class _Service:
     async def _answer(self, request: Request, parse: Callable[..., Asked]) -> Response:
         assert self.worker is not None
         try:
-            data = await read_request(request, self.options.max_request_bytes)
-            # Before the work of parsing; submit checks again.
-            self.worker.check_room()
-            loop = asyncio.get_running_loop()
-            asked, tokens, name = await loop.run_in_executor(self.prepare, self._read, data, parse)
-            answer = Answer(self.model, asked, tokens, name, self.options.stall_seconds)
+            async with self._until_end():
+                data = await read_request(request, self.options.max_request_bytes)
+                # Before the work of parsing; submit checks again.
+                self.worker.check_room()
+                loop = asyncio.get_running_loop()
+                read = await loop.run_in_executor(self.prepare, self._read, data, parse)
+            answer = Answer(self.model, *read, self.options.stall_seconds)
             self.worker.submit(answer.job)
         except BadRequest as error:
             return error_response(str(error), error.status, error.param, error.code)
@@ -226,23 +272,47 @@ class _Service:
             return error_response(str(error), 429, code="queue_full", retry_after=error.retry_after)
         except Closing as error:
             return error_response(str(error), 503, code="shutting_down", retry_after=10)
+        except BundleFault as error:
+            return error_response(str(error), 500, code="bundle_fault")
         except LawcatError as error:
             # Of the tokenizer or the template: about what the client sent.
             return error_response(str(error), 400)
-        return answer.stream() if asked.stream else await answer.whole(request)
+        self.answers.add(answer)
+        answer.when_over = lambda: self.answers.discard(answer)
+        return answer.stream() if answer.asked.stream else await answer.whole(request)
 
-    def _read(self, data: bytes, parse: Callable[..., Asked]) -> tuple[Asked, array, str]:
+    @contextlib.asynccontextmanager
+    async def _until_end(self) -> AsyncIterator[None]:
+        """Raises Closing within, when the server ends."""
+        timeout = asyncio.timeout(0 if self.ended else None)
+        self.reading.add(timeout)
+        try:
+            async with timeout:
+                yield
+        except TimeoutError as error:
+            raise Closing("The server is shutting down.") from error
+        finally:
+            self.reading.discard(timeout)
+
+    def _read(
+        self, data: bytes, parse: Callable[..., Asked]
+    ) -> tuple[Asked, list[array], list[str] | None, str]:
+        """(what is asked, token ids of each prompt, their texts if to be given out, the name)."""
         body = read_body(data)
         check_model(body, self.names)
-        asked = parse(body, self.options.max_tokens)
-        if parse is parse_chat:
-            text = self.model.template.render(asked.prompt)  # type: ignore[arg-type]
-            tokens = self.model.tokenizer.encode(text, special=False)
+        asked = parse(body, self.options.max_tokens, self.defaults)
+        tokenizer = self.model.tokenizer
+        if asked.chat:
+            text = self.model.template.render(asked.messages, **asked.template)
+            prompts = [tokenizer.encode(text, special=False)]
         else:
-            tokens = self.model.encode(asked.prompt)  # type: ignore[arg-type]
-        if not tokens:
+            prompts = [self.model.encode(prompt) for prompt in asked.prompts]
+        if not all(prompts):
             raise BadRequest("The prompt has no tokens; give some text to go on from.")
-        return asked, array("I", tokens), body.get("model") or self.names[0]
+        echo = None
+        if asked.echo:
+            echo = [text if isinstance(text, str) else tokenizer.decode(text) for text in asked.prompts]
+        return asked, [array("I", ids) for ids in prompts], echo, body.get("model") or self.names[0]
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

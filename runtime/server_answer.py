@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from array import array
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -27,17 +27,25 @@ class Answer:
         self,
         model: Model,
         asked: Asked,
-        tokens: array,
+        prompts: Sequence[array],
+        echo: Sequence[str] | None,
         name: str,
         stall_seconds: float,
     ) -> None:
         self.asked, self.stall_seconds = asked, stall_seconds
         loop = asyncio.get_running_loop()
         self.signal = asyncio.Event()
-        self.job = Job(tokens, asked.request, lambda: _call(loop, self.signal.set))
+        self.ended = False
+        self.when_over: Callable[[], object] = lambda: None
+        self.job = Job(prompts, asked.request, lambda: _call(loop, self.signal.set), echo=echo)
         fingerprint = "lawcat-" + model.bundle.sha256[:12]
         logprobs = asked.request.logprobs is not None
         self.reply = Reply(model.tokenizer, name, fingerprint, asked.chat, logprobs)
+
+    def end(self) -> None:
+        """Give out what there is and then the word of the end, without waiting for the model's thread."""
+        self.ended = True
+        self.signal.set()
 
     async def pieces(self) -> AsyncIterator[Piece | None]:
         """The pieces up to the last; None now and then while there is nothing."""
@@ -50,8 +58,11 @@ class Answer:
             self.signal.clear()
             for piece in self.job.take():
                 yield piece
-                if piece.reason:
+                if self.job.is_last(piece):
                     return
+            if self.ended:
+                yield Piece("", reason="cancelled")
+                return
 
     async def whole(self, request: Request) -> Response:
         watch = asyncio.ensure_future(until_gone(request.receive))
@@ -60,16 +71,18 @@ class Answer:
             pieces = [piece async for piece in self.pieces() if piece is not None]
         finally:
             watch.cancel()
-            self.job.cancel()
+            self.over()
         last = pieces[-1]
         if last.reason == "error":
             return error_response(last.text, 500)
         if last.reason == "cancelled":
             return error_response("The server is shutting down.", 503, code="shutting_down", retry_after=10)
-        text = "".join(piece.text for piece in pieces)
-        choices = [choice for piece in pieces for choice in piece.choices]
-        assert last.reason is not None
-        return JSONResponse(self.reply.whole(text, choices, last.reason, self.job))
+        return JSONResponse(self.reply.whole(pieces, self.job))
+
+    def over(self) -> None:
+        """The answer is written, or nobody is there to read it."""
+        self.job.cancel()
+        self.when_over()
 
     def stream(self) -> Response:
         return _EventStream(self)
@@ -88,9 +101,9 @@ class Answer:
                 return
             else:
                 if piece.text or piece.choices:
-                    yield sse(self.reply.piece(piece.text, piece.choices))
+                    yield sse(self.reply.piece(piece))
                 if piece.reason:
-                    yield sse(self.reply.last(piece.reason))
+                    yield sse(self.reply.last(piece))
         if self.asked.include_usage:
             yield sse(self.reply.usage(self.job))
         yield sse("[DONE]")
@@ -106,7 +119,6 @@ class _EventStream(Response):
         self.answer = answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        job = self.answer.job
         write = asyncio.ensure_future(self._write(send))
         gone = asyncio.ensure_future(until_gone(receive))
         try:
@@ -115,7 +127,7 @@ class _EventStream(Response):
                 with contextlib.suppress(TimeoutError):  # nobody reads: uvicorn closes the connection
                     write.result()
         finally:
-            job.cancel()
+            self.answer.over()
             for task in (write, gone):
                 task.cancel()
 

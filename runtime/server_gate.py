@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import ipaddress
+from collections.abc import Sequence
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
@@ -42,21 +43,26 @@ class Gate:
     """Middleware that refuses foreign host names and wrong keys.
 
     check_host: a web page elsewhere can point its own name at 127.0.0.1 and so talk to a server there as if
-    it were its own; a server for this machine only therefore answers to `localhost` and to bare addresses.
+    it were its own; a server for this machine only therefore answers to `localhost` (which browsers take to
+    be this machine, with all names below it) and to bare addresses.
+    allowed_hosts: further names, of a proxy in front; `*.example.com` stands for all names below it.
     """
 
-    def __init__(self, app: ASGIApp, api_key: str | None, check_host: bool) -> None:
+    def __init__(
+        self, app: ASGIApp, api_key: str | None, check_host: bool, allowed_hosts: Sequence[str] = ()
+    ) -> None:
         self.app = app
         self.api_key = api_key
         self.check_host = check_host
+        self.allowed_hosts = allowed_hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         refusal = self._refusal(Request(scope)) if scope["type"] == "http" else None
         await (refusal or self.app)(scope, receive, send)
 
     def _refusal(self, request: Request) -> JSONResponse | None:
-        if self.check_host and not _is_own_name(request.headers.get("host", "")):
-            message = "This server answers only to localhost; start it with --host to serve other names."
+        if self.check_host and not _is_own_name(request.headers.get("host", ""), self.allowed_hosts):
+            message = "This server does not answer to this host name; start it with --allowed-host NAME."
             return error_response(message, 403, code="invalid_host")
         if self.api_key is not None and request.url.path != "/health":
             scheme, _, key = request.headers.get("authorization", "").partition(" ")
@@ -68,15 +74,17 @@ class Gate:
         return None
 
 
-def _is_own_name(host: str) -> bool:
+def _is_own_name(host: str, allowed: Sequence[str]) -> bool:
     if host.startswith("["):
         name, end, _ = host[1:].partition("]")
         if not end:
             return False
     else:
         name = host.partition(":")[0]
-    if name.lower() == "localhost":
-        return True
+    name = name.lower().removesuffix(".")
+    for own in ("localhost", "*.localhost", *allowed):
+        if name == own or (own.startswith("*.") and name.endswith(own[1:]) and len(name) > len(own) - 1):
+            return True
     try:
         ipaddress.ip_address(name)
     except ValueError:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lawcat_edge.runtime.sampling import Choice
-from lawcat_edge.runtime.server_worker import Job
-from lawcat_edge.runtime.text import Tokenizer
+from lawcat_edge.runtime.server_worker import Job, Piece
+from lawcat_edge.runtime.text import Tokenizer, TokenTexts
 
 _FINISH = {"eos": "stop", "stop": "stop", "length": "length"}
 _TYPES = {401: "authentication_error", 429: "rate_limit_error"}
@@ -46,14 +47,16 @@ def sse(data: dict[str, Any] | str) -> bytes:
     return f"data: {text}\n\n".encode()
 
 
-def token_bytes(tokenizer: Tokenizer, token: int) -> list[int] | None:
-    """The bytes a token stands for, also where they are only a part of a character; None: not known."""
-    text = tokenizer.decode([token], skip_special=False)
+def token_bytes(tokenizer: Tokenizer, token: int, text: str) -> list[int] | None:
+    """The bytes a token stands for, also where they are only a part of a character; None: not known.
+
+    text: what it stands for as text (``TokenTexts``).
+    """
     written = tokenizer.token(token)
-    if "\ufffd" not in text or written == text:
-        return list(text.encode())
     if match := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", written):
         return [int(match[1], 16)]
+    if "\ufffd" not in text or written == text:
+        return list(text.encode())
     if written and all(letter in _BYTE_OF for letter in written):
         return [_BYTE_OF[letter] for letter in written]
     return None
@@ -80,82 +83,106 @@ class Reply:
     logprobs: bool
     id: str = ""
     created: int = field(default_factory=lambda: int(time.time()))
-    _offset: int = 0  # characters of the answer before the next token with logprobs
 
     def __post_init__(self) -> None:
         self.id = ("chatcmpl-" if self.chat else "cmpl-") + secrets.token_hex(12)
+        self._texts = TokenTexts(self.tokenizer)
+        self._offsets: dict[int, int] = {}  # by choice: characters before its next token with logprobs
 
-    def whole(self, text: str, choices: Sequence[Choice], reason: str, job: Job) -> dict[str, Any]:
-        """The answer to a request that does not stream."""
-        body = (
-            {"message": {"role": "assistant", "content": text, "refusal": None}}
-            if self.chat
-            else {"text": text}
-        )
-        data = self._frame(
-            "chat.completion" if self.chat else "text_completion", body, choices, _FINISH[reason]
-        )
+    def whole(self, pieces: Sequence[Piece], job: Job) -> dict[str, Any]:
+        """The answer to a request that does not stream, from all of its pieces."""
+        answers = []
+        for index in range(len(job.prompts)):
+            own = [piece for piece in pieces if piece.index == index]
+            text = "".join(piece.text for piece in own)
+            body = (
+                {"message": {"role": "assistant", "content": text, "refusal": None}}
+                if self.chat
+                else {"text": text}
+            )
+            choices = [choice for piece in own for choice in piece.choices]
+            answers.append(self._choice(body, Piece(text, tuple(choices), own[-1].reason, index)))
+        data = self._frame("chat.completion" if self.chat else "text_completion", answers)
         return {**data, "usage": usage_json(job)}
 
     def first(self) -> dict[str, Any] | None:
         """What a stream begins with, before anything is computed."""
-        return self._chunk({"role": "assistant", "content": ""}, (), None) if self.chat else None
+        return self._chunk({"role": "assistant", "content": ""}, Piece("")) if self.chat else None
 
-    def piece(self, text: str, choices: Sequence[Choice]) -> dict[str, Any]:
-        return self._chunk({"content": text} if self.chat else text, choices, None)
+    def piece(self, piece: Piece) -> dict[str, Any]:
+        """Text and log-probabilities of a piece, without its end."""
+        return self._chunk({"content": piece.text} if self.chat else piece.text, replace(piece, reason=None))
 
-    def last(self, reason: str) -> dict[str, Any]:
-        return self._chunk({} if self.chat else "", (), _FINISH[reason])
+    def last(self, piece: Piece) -> dict[str, Any]:
+        """The end that comes with a piece."""
+        return self._chunk({} if self.chat else "", Piece("", (), piece.reason, piece.index))
 
     def usage(self, job: Job) -> dict[str, Any]:
         """The extra piece that `include_usage` asks for."""
-        data = self._chunk({} if self.chat else "", (), None)
-        return {**data, "choices": [], "usage": usage_json(job)}
+        return {**self._frame(self._kind, []), "usage": usage_json(job)}
 
-    def _chunk(self, delta: Any, choices: Sequence[Choice], finish: str | None) -> dict[str, Any]:
-        kind = "chat.completion.chunk" if self.chat else "text_completion"
-        return self._frame(kind, {"delta" if self.chat else "text": delta}, choices, finish)
+    @property
+    def _kind(self) -> str:
+        return "chat.completion.chunk" if self.chat else "text_completion"
 
-    def _frame(
-        self, kind: str, body: dict[str, Any], choices: Sequence[Choice], finish: str | None
-    ) -> dict[str, Any]:
-        logprobs = None
-        if self.logprobs and choices:
-            logprobs = self._chat_logprobs(choices) if self.chat else self._old_logprobs(choices)
+    def _chunk(self, delta: Any, piece: Piece) -> dict[str, Any]:
+        return self._frame(self._kind, [self._choice({"delta" if self.chat else "text": delta}, piece)])
+
+    def _frame(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {
             "id": self.id,
             "object": kind,
             "created": self.created,
             "model": self.model,
             "system_fingerprint": self.fingerprint,
-            "choices": [{"index": 0, **body, "logprobs": logprobs, "finish_reason": finish}],
+            "choices": choices,
         }
 
-    def _text(self, token: int) -> str:
-        return self.tokenizer.decode([token], skip_special=False)
+    def _choice(self, body: dict[str, Any], piece: Piece) -> dict[str, Any]:
+        logprobs = None
+        if self.logprobs and piece.choices:
+            logprobs = self._chat_logprobs(piece.choices) if self.chat else self._old_logprobs(piece)
+        finish = None if piece.reason is None else _FINISH[piece.reason]
+        return {"index": piece.index, **body, "logprobs": logprobs, "finish_reason": finish}
 
     def _chat_logprobs(self, choices: Sequence[Choice]) -> dict[str, Any]:
         def entry(token: int, logprob: float) -> dict[str, Any]:
-            return {
-                "token": self._text(token),
-                "logprob": logprob,
-                "bytes": token_bytes(self.tokenizer, token),
-            }
+            text = self._texts.of(token)
+            return {"token": text, "logprob": logprob, "bytes": token_bytes(self.tokenizer, token, text)}
 
         content = [
             {**entry(c.token, c.logprob), "top_logprobs": [entry(*other) for other in c.top]} for c in choices
         ]
         return {"content": content, "refusal": None}
 
-    def _old_logprobs(self, choices: Sequence[Choice]) -> dict[str, Any]:
-        texts = [self._text(c.token) for c in choices]
-        offsets = []
-        for text in texts:
-            offsets.append(self._offset)
-            self._offset += len(text)
+    def _old_logprobs(self, piece: Piece) -> dict[str, Any]:
+        offset = self._offsets.get(piece.index, 0)
+        texts, offsets = [], []
+        for choice in piece.choices:
+            text = self._texts.of(choice.token)
+            special = self._texts.is_special(choice.token)
+            if offset == 0 and text[:1] == " " != piece.text[:1] and not special:
+                text = text[1:]  # at the very start of a text, which the decoder writes without it
+            texts.append(text)
+            offsets.append(offset)
+            offset += 0 if special else len(text)
+        self._offsets[piece.index] = offset
+        first = [math.isnan(choice.logprob) for choice in piece.choices]  # has nothing before it
         return {
             "tokens": texts,
-            "token_logprobs": [c.logprob for c in choices],
-            "top_logprobs": [{self._text(token): logprob for token, logprob in c.top} for c in choices],
+            "token_logprobs": [None if n else c.logprob for c, n in zip(piece.choices, first, strict=True)],
+            "top_logprobs": [
+                None if n else self._named(c.top) for c, n in zip(piece.choices, first, strict=True)
+            ],
             "text_offset": offsets,
         }
+
+    def _named(self, top: Sequence[tuple[int, float]]) -> dict[str, float]:
+        """Alternatives by their texts; parts of characters by their bytes, as OpenAI names them."""
+        found: dict[str, float] = {}
+        for token, logprob in top:
+            text = self._texts.of(token)
+            data = token_bytes(self.tokenizer, token, text) if "\ufffd" in text else None
+            name = text if data is None else "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+            found.setdefault(name, logprob)  # the likeliest of those that look alike
+        return found

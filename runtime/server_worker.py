@@ -12,13 +12,15 @@ import time
 import traceback
 from array import array
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from lawcat_edge.runtime.context import Generation
+import numpy as np
+
+from lawcat_edge.runtime.context import Context, Generation
 from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.runtime.model import Model, Request, Writer
-from lawcat_edge.runtime.sampling import Choice
+from lawcat_edge.runtime.sampling import Choice, score
 from lawcat_edge.runtime.server_cache import StateCache
 
 
@@ -26,24 +28,37 @@ from lawcat_edge.runtime.server_cache import StateCache
 class Piece:
     """Text that became certain and the tokens chosen since the piece before; reason: set on the last one.
 
-    reason: 'eos', 'stop' or 'length'; 'error' with the sentence in `text`, 'cancelled' without one.
+    reason: 'eos', 'stop' or 'length'; 'error' with the sentence in `text`, 'cancelled' without one: these two
+    end all texts of a job. index: which of the job's texts it belongs to.
     """
 
     text: str
     choices: tuple[Choice, ...] = ()
     reason: str | None = None
+    index: int = 0
 
 
 class Job:
-    """One request: `tokens` to go on from, and the pieces of the answer that wait for their reader.
+    """One request: token ids to go on from, and the pieces of the answer that wait for their reader.
 
+    prompts: one or several, answered one after another. echo: their texts, to be given out (with the
+    log-probabilities of their tokens, if the request asks for any) before what follows them.
     wake: called (from the model's thread) when there is something to ``take``; it must not block.
     """
 
-    def __init__(self, tokens: array, request: Request, wake: Callable[[], None], room: int = 64) -> None:
-        self.tokens = tokens
+    def __init__(
+        self,
+        prompts: Sequence[array],
+        request: Request,
+        wake: Callable[[], None],
+        room: int = 64,
+        echo: Sequence[str] | None = None,
+    ) -> None:
+        self.prompts = prompts
         self.request = request
-        self.prompt_tokens, self.reused_tokens, self.new_tokens = len(tokens), 0, 0
+        self.echo = echo
+        self.prompt_tokens = sum(len(tokens) for tokens in prompts)
+        self.reused_tokens, self.new_tokens = 0, 0
         self._wake = wake
         self._room = room
         self._lock = threading.Lock()
@@ -72,6 +87,11 @@ class Job:
         if self._worker is not None and pieces:
             self._worker.nudge()
         return pieces
+
+    def is_last(self, piece: Piece) -> bool:
+        """Whether nothing comes after `piece`."""
+        whole = piece.reason is not None and piece.index == len(self.prompts) - 1
+        return whole or piece.reason in ("error", "cancelled")
 
     def cancel(self) -> None:
         """The reader is gone: stop working on it. Harmless when it is over."""
@@ -239,13 +259,73 @@ class Worker:
 
     def _turns(self, job: Job) -> Generator[None, None, None]:
         """The work of a job, a turn at a time; every piece but a failure's is put from here."""
-        model, request, tokens = self.model, job.request, job.tokens
-        context, logits, branch = self._cache.find(tokens)
-        context = context or model.new_context()
-        job.reused_tokens = context.fed
-        context.tokens = tokens[:]
+        for index in range(len(job.prompts)):
+            yield from self._text_turns(job, index)
+            if index < len(job.prompts) - 1:
+                yield
+
+    def _text_turns(self, job: Job, index: int) -> Generator[None, None, None]:
+        model, request, tokens = self.model, job.request, job.prompts[index]
+        if job.echo is not None and request.logprobs is not None:
+            context = model.new_context()
+            logits = yield from self._echo_turns(job, index, context)
+        else:
+            if job.echo is not None:
+                job.put(Piece(job.echo[index], index=index))
+            context, logits = yield from self._read_turns(job, tokens)
+        if request.max_new_tokens == 0:
+            job.put(Piece("", reason="length", index=index))
+            return
         generation = Generation(lambda _: _nothing(), request.logprobs is not None)
         writer = Writer(model, request, context, generation)
+        told, before = 0, job.new_tokens
+        while True:
+            text = writer.choose(logits[0])
+            job.new_tokens = before + len(generation.tokens)
+            reason = generation.stop_reason if writer.done else None
+            if text or reason:
+                choices = tuple(generation.choices[told:])
+                told += len(choices)
+                if reason:
+                    self._keep_answer(writer)
+                job.put(Piece(text, choices, reason, index))
+            if writer.done:
+                return
+            yield
+            following = model._feed(context, len(context))
+            assert following is not None
+            logits = following
+
+    def _echo_turns(self, job: Job, index: int, context: Context) -> Generator[None, None, np.ndarray]:
+        """Read a prompt from its beginning and give out what each of its tokens had for a probability."""
+        engine, tokens, count = self.model.engine, job.prompts[index], job.request.logprobs
+        assert count is not None
+        context.tokens = tokens[:]
+        text, choices = (job.echo or ())[index], [Choice(tokens[0], float("nan"))]
+        while True:
+            begin = context.fed
+            ids = np.asarray(tokens[begin : begin + engine.chunk], np.int64)
+            logits = engine.forward(ids[None], context.state, all_positions=True)[0]
+            following = tokens[begin + 1 : begin + 1 + len(ids)]
+            # Past the last token there is none to score.
+            choices += [score(row, token, count) for row, token in zip(logits, following, strict=False)]
+            last = logits[-1:].copy()
+            done = context.fed == len(tokens)
+            if done or len(choices) >= 256:
+                job.put(Piece(text, tuple(choices), index=index))
+                text, choices = "", []
+            if done:
+                return last
+            yield
+
+    def _read_turns(self, job: Job, tokens: array) -> Generator[None, None, tuple[Context, np.ndarray]]:
+        """Read a prompt, from a kept state where there is one: (its context, the logits [1,V] after it)."""
+        model = self.model
+        context, logits, branch = self._cache.find(tokens)
+        context = context or model.new_context()
+        reused = context.fed
+        job.reused_tokens += reused
+        context.tokens = tokens[:]
         while context.fed < len(tokens):
             upto = min(len(tokens), context.fed + model.engine.chunk)
             if branch is not None and context.fed < branch:
@@ -258,24 +338,9 @@ class Worker:
             if context.fed < len(tokens):
                 yield
         assert logits is not None
-        if job.reused_tokens < len(tokens):
+        if reused < len(tokens):
             self._cache.add(context.fork(), logits)
-        told = 0
-        while True:
-            text = writer.choose(logits[0])
-            job.new_tokens = len(generation.tokens)
-            reason = generation.stop_reason if writer.done else None
-            if text or reason:
-                choices = tuple(generation.choices[told:])
-                told += len(choices)
-                if reason:
-                    self._keep_answer(writer)
-                job.put(Piece(text, choices, reason))
-            if writer.done:
-                return
-            yield
-            logits = model._feed(context, len(context))
-            assert logits is not None
+        return context, logits
 
     def _keep_answer(self, writer: Writer) -> None:
         context = writer.context

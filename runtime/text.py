@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from lawcat_edge.runtime.errors import LawcatError
+from lawcat_edge.runtime.errors import BundleFault, LawcatError
 
 _BROKEN = "\ufffd"  # what decoders put for bytes that are not (yet) a character
 _HOLD = 8  # tokens held back for the rest of a character before it is taken to be garbage
@@ -36,6 +36,24 @@ def load_tokenizer(data: bytes, what: str = "tokenizer.json") -> Any:
     return engine
 
 
+SPECIAL_TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+
+
+def special_tokens(settings: Any) -> dict[str, str]:
+    """The special tokens that a tokenizer_config.json names, as templates get them: {"bos_token": "<s>"}."""
+    if not isinstance(settings, dict):
+        return {}
+    more = settings.get("extra_special_tokens")
+    named = {f"{name}_token": settings.get(f"{name}_token") for name in SPECIAL_TOKENS}
+    named |= more if isinstance(more, dict) else {}
+    found = {}
+    for name, token in named.items():
+        text = token.get("content") if isinstance(token, dict) else token
+        if isinstance(text, str):
+            found[name] = text
+    return found
+
+
 class Tokenizer:
     """A tokenizer.json through the `tokenizers` package."""
 
@@ -53,7 +71,7 @@ class Tokenizer:
             ) from error
         ids = list(self._engine.encode(text, add_special_tokens=special).ids)
         if ids and max(ids) >= self.vocab_size:
-            raise LawcatError("tokenizer.json has more tokens than the model; export the bundle again.")
+            raise BundleFault("tokenizer.json has more tokens than the model; export the bundle again.")
         return ids
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
@@ -66,6 +84,39 @@ class Tokenizer:
     def token(self, token_id: int) -> str:
         """The token's own written form ('' for an id without one)."""
         return self._engine.id_to_token(token_id) or ""
+
+
+class TokenTexts:
+    """What single tokens stand for where text goes before them: `▁the` is " the", and `the` is "the".
+
+    Decoded alone, a token would lose the space that some decoders strip at the very start of a text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        # Some token with a text of its own, to stand before.
+        known = (
+            ([token], tokenizer.decode([token])) if (token := _anchor(tokenizer)) is not None else ([], "")
+        )
+        self._before, self._text = known
+
+    def of(self, token: int) -> str:
+        text = self._tokenizer.decode([*self._before, token], skip_special=False)
+        if text.startswith(self._text):
+            return text[len(self._text) :]
+        return self._tokenizer.decode([token], skip_special=False)
+
+    def is_special(self, token: int) -> bool:
+        """Whether it is no part of a text."""
+        return not self._tokenizer.decode([*self._before, token])[len(self._text) :]
+
+
+def _anchor(tokenizer: Tokenizer) -> int | None:
+    for text in ("a", "e", ".", "1"):
+        ids = tokenizer.encode(text, special=False)
+        if ids and (written := tokenizer.decode(ids[-1:])) and _BROKEN not in written:
+            return ids[-1]
+    return None
 
 
 class Detokenizer:
@@ -121,8 +172,10 @@ class StopStrings:
 
     def __init__(self, stops: Iterable[str] = ()) -> None:
         self.stops = tuple(stops)
-        if any(not stop or len(stop) > 1000 for stop in self.stops) or len(self.stops) > 64:
-            raise LawcatError("Stop strings must have 1 to 1000 characters, and at most 64 may be given.")
+        if "" in self.stops:
+            raise LawcatError("A stop string is empty, and would end every answer at once; leave it out.")
+        if any(len(stop) > 1000 for stop in self.stops) or len(self.stops) > 64:
+            raise LawcatError("Stop strings have at most 1000 characters, and at most 64 may be given.")
         self.found: str | None = None
         self._held = ""
 

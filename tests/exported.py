@@ -17,12 +17,18 @@ from lawcat_edge.teacher import Teacher, resolve
 
 
 def make_student(
-    folder: Path, family: str = "llama", config: LawcatConfig | None = None, lora: int = 0, **changes: Any
+    folder: Path,
+    family: str = "llama",
+    config: LawcatConfig | None = None,
+    lora: int = 0,
+    start: int = 0,
+    **changes: Any,
 ) -> tuple[Teacher, LawcatModel, SimpleNamespace]:
-    """A teacher, a student with every new parameter away from its start, and that as an adapter."""
+    """A teacher, a student with every new parameter away from its start (of that seed), and that as an
+    adapter."""
     teacher = resolve(make_teacher(folder, family, **changes))
     config = config or LawcatConfig(feature_dim=8)
-    model = load_student(teacher, config=config)
+    model = load_student(teacher, config=config, seed=start)
     if lora:
         model.add_lora(lora, 16)
     generator = torch.Generator().manual_seed(3)

@@ -103,18 +103,27 @@ def test_every_flavour_of_static_and_of_offsets_computes_the_same(
 
 
 def test_calibrated_int4_beats_the_nearest_codes(made: SimpleNamespace, tmp_path: Path) -> None:
-    four = {"kind": "nbits", "bits": 4, "block": 16}
+    """Over several students: on one small random one, errors of 4 bits may fall either way."""
     table = SCHEMES["int4"].to_dict()
-    table |= {"name": "all-4", "products": dict.fromkeys(table["products"], four), "embedding": four}
-    scheme = Scheme.from_dict(table)
-    make_bundle(made.teacher, made.model, made.student, tmp_path / "nearest", scheme=scheme)
-    run = calibration(made, tmp_path / "work")
-    needed = run.for_export(scheme)
-    assert set(needed) == {"rounder_of"}
-    make_bundle(made.teacher, made.model, made.student, tmp_path / "aware", scheme=scheme, **needed)
-    assert kl(made, tmp_path / "aware") < 0.95 * kl(made, tmp_path / "nearest")
-    sizes = [(tmp_path / name / "model.onnx.data").stat().st_size for name in ("nearest", "aware")]
-    assert sizes[0] == sizes[1]
+    four = {"kind": "nbits", "bits": 4, "block": 16}
+    products = {name: four if spec.get("bits") == 4 else spec for name, spec in table["products"].items()}
+    assert sum(spec == four for spec in products.values()) >= 3
+    scheme = Scheme.from_dict({**table, "name": "small-blocks", "products": products})
+    total = {"nearest": 0.0, "aware": 0.0}
+    for start in range(4):
+        place = tmp_path / str(start)
+        teacher, model, student = make_student(place / "teacher", config=made.adapter.config, start=start)
+        Adapter(student.config, teacher.geometry, "tiny", teacher.sha256, student.tensors).save(place / "a")
+        one = SimpleNamespace(**{**vars(made), "teacher": teacher, "adapter": Adapter.load(place / "a")})
+        one.reference = logits_of(model, IDS[0])
+        needed = calibration(one, place / "work").for_export(scheme)
+        assert set(needed) == {"rounder_of"}
+        for name, options in (("nearest", {}), ("aware", needed)):
+            make_bundle(teacher, model, student, place / name, scheme=scheme, **options)
+            total[name] += kl(one, place / name)
+        sizes = [(place / name / "model.onnx.data").stat().st_size for name in total]
+        assert sizes[0] == sizes[1]
+    assert total["aware"] < 0.9 * total["nearest"]
 
 
 def test_without_text_the_teacher_writes_it(

@@ -8,6 +8,7 @@ import importlib.util
 import inspect
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -213,7 +214,10 @@ def test_distill_writes_one_json_document_and_an_adapter_that_info_reads(base: P
     assert "transfer 2/2" in captured.err
     assert cli.run(["info", str(out), "--json"]) == 0
     assert json.loads(capfd.readouterr().out)["sha256"] == document["sha256"]
-    assert cli.run([*command, "--seq-len", "32"]) == 0
+    assert cli.run([*command, "--seq-len", "32"]) == 2
+    assert "holds a finished adapter; replace it with --overwrite" in capfd.readouterr().err
+    assert Adapter.load(out).sha256 == document["sha256"]
+    assert cli.run([*command, "--seq-len", "32", "--overwrite"]) == 0
     text = capfd.readouterr().out
     assert "finetune: 128 tokens" in text
     assert f"Next: lawcat-edge export {base / 'teacher'} --adapter {out}" in text
@@ -230,7 +234,7 @@ def test_distill_goes_on_from_an_adapter_with_another_window(base: Path, tmp_pat
     assert "has conv_kernel" in capsys.readouterr().err
     assert cli.run([*command, "--set", "window=7", "--json"]) == 0
     assert Adapter.load(second).config.window == 7
-    assert cli.run([*command, "--window", "9", "--json"]) == 0
+    assert cli.run([*command, "--window", "9", "--json", "--overwrite"]) == 0
     adapter = Adapter.load(second)
     assert adapter.config.window == 9
     assert adapter.training["settings"]["window"] == 9
@@ -264,10 +268,9 @@ def test_bad_data_do_not_cost_an_earlier_run_its_checkpoint(base: Path, tmp_path
     (checkpoint / "state.json").write_text("{}")
     (tmp_path / "empty.txt").write_bytes(b"")
     out = str(tmp_path / "a")
-    assert (
-        cli.run(["distill", str(base / "teacher"), "--data", str(tmp_path / "empty.txt"), "--out", out]) == 2
-    )
-    one_sentence(capsys)
+    words = ["distill", str(base / "teacher"), "--data", str(tmp_path / "empty.txt"), "--out", out]
+    assert cli.run([*words, "--fresh"]) == 2
+    one_sentence(capsys, "no usable text")
     assert (checkpoint / "state.json").is_file()
 
 
@@ -369,7 +372,9 @@ def test_ctrl_c_while_training_keeps_the_checkpoint_alone(base: Path, tmp_path: 
         stdout, stderr = child.communicate(timeout=60)
     assert child.returncode == 130, stderr
     assert stdout == ""
-    assert stderr.splitlines()[-1] == "Interrupted; nothing half-written was left in place."
+    goes_on = shlex.join(["lawcat-edge", *command, *settings, "--resume"])
+    said = f"Interrupted; nothing half-written was left in place. To go on: {goes_on}"
+    assert stderr.splitlines()[-1] == said
     assert "Traceback" not in stderr
     assert [path.name for path in tmp_path.iterdir()] == ["adapter.run"]
     assert json.loads(log.read_text())["progress"]["step"] % 3 == 0

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from exported import make_student
-from tiny_teacher import write_corpus
+from tiny_teacher import make_teacher, write_corpus
 
 from lawcat_edge import cli
 from lawcat_edge.adapter import Adapter
@@ -19,6 +19,7 @@ from lawcat_edge.calibration import compare as comparing
 from lawcat_edge.calibration.report import pareto, ppl_change
 from lawcat_edge.calibration.settings import Settings, spread
 from lawcat_edge.evaluate.lm import load_tokenizer
+from lawcat_edge.runtime.bundle import Bundle
 from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.runtime.files import read_json
 
@@ -285,6 +286,29 @@ def test_the_adapter_of_another_teacher_is_refused(made: SimpleNamespace, tmp_pa
 
 def row(name: str, size: int, kl: float | None, ppl: float = 2.0, kind: str = "scheme") -> dict[str, Any]:
     return {"name": name, "kind": kind, "export": {"bytes": size}, "accuracy": {"kl": kl, "perplexity": ppl}}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("tiny", {}),
+        # the widths and heads of SmolLM2-135M
+        ("smollm2", {"hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64}),
+    ],
+)
+def test_without_an_adapter_the_bundle_is_torchs_own_conversion(
+    tmp_path: Path, made: SimpleNamespace, name: str, changes: dict[str, Any]
+) -> None:
+    """The fp32 row is verified against the torch student, which must start from the exporter's numbers."""
+    folder, out = make_teacher(tmp_path / name, **changes), tmp_path / "out"
+    arguments = ["compare", str(folder), "--text", str(made.text), *SMALL, "--calibration", str(made.text)]
+    assert cli.run([*arguments, "--out", str(out), "--schemes", "fp32,int8"]) == 0
+    rows = {row["name"]: row for row in read_json(out / "report.json")["rows"]}
+    parity = Bundle.open(out / "bundles" / "fp32").manifest.parity
+    assert parity is not None
+    assert 0 < parity.max_rel_err < 1e-4
+    assert 0 < rows["int8"]["accuracy"]["kl"] < 1
+    assert not rows["fp32"]["errors"]
 
 
 def test_pareto_front_keeps_what_no_other_beats() -> None:

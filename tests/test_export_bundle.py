@@ -14,6 +14,7 @@ import pytest
 import torch
 from exported import logits_of, make_bundle, make_student
 from numpy.testing import assert_allclose
+from tiny_teacher import make_teacher
 
 from lawcat_edge.adapter import Adapter
 from lawcat_edge.cli import run
@@ -30,6 +31,7 @@ from lawcat_edge.runtime.bundle import Bundle, write_manifest
 from lawcat_edge.runtime.engine import Engine, _version
 from lawcat_edge.runtime.errors import CheckFailed, LawcatError
 from lawcat_edge.runtime.verify import verify
+from lawcat_edge.teacher import resolve
 from lawcat_edge.weights import RandomWeights
 
 FLAVOURS = ("ort", "onnx", "portable")
@@ -389,3 +391,19 @@ def test_untrained_bundle_runs_and_rejects_nothing(tmp_path: Path) -> None:
     genai = json.loads((tmp_path / "b" / "genai_config.json").read_text())
     assert genai["model"]["vocab_size"] == 257
     assert Product("fp32").to_dict() == {"kind": "fp32"}
+
+
+@pytest.mark.parametrize("template", [None, "{% for m in messages %}{{ m['content'] }}{% endfor %}"])
+def test_a_hub_folder_without_a_limit_of_length_is_exported(tmp_path: Path, template: str | None) -> None:
+    """As Llama 2 and TinyLlama lie on the hub: no template file, and no limit in 31 digits."""
+    from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
+
+    folder = make_teacher(tmp_path / "t")
+    settings = {"model_max_length": VERY_LARGE_INTEGER, "eos_token": "<|endoftext|>"}
+    if template:
+        settings["chat_template"] = template
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert resolve(folder).chat_template() == ((template, "<|endoftext|>") if template else None)
+    assert run(["export", str(folder), "--out", str(tmp_path / "b"), "--no-verify"]) == 0
+    written = tmp_path / "b" / "chat_template.jinja"
+    assert (written.read_text() if written.exists() else None) == template

@@ -30,7 +30,7 @@ HYBRID: dict[str, Any] = {"layer_types": ("full_attention", "linear_attention"),
 def make(folder: Path, scheme: str, ops: tuple[str, ...], **settings: Any) -> Path:
     config = LawcatConfig(feature_dim=8, **settings)
     teacher, model, adapter = make_student(
-        folder / "t", config=config, hidden_size=96, tie_word_embeddings=False
+        folder / "t", config=config, hidden_size=96, tie_word_embeddings=False, start=6
     )
     make_bundle(teacher, model, adapter, folder / "b", scheme=scheme, ops=ops, ort_format=True)
     return folder / "b"

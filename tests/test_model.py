@@ -18,6 +18,7 @@ from lawcat_edge.adapter import Adapter
 from lawcat_edge.config import LawcatConfig
 from lawcat_edge.families import FAMILIES, Geometry
 from lawcat_edge.model import LawcatModel, load_student
+from lawcat_edge.parameters import initial_tensors, parameter_shapes
 from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.teacher import Teacher, resolve
 from lawcat_edge.weights import tensor_shapes
@@ -122,6 +123,25 @@ def test_conversion_is_seeded_and_leaves_the_generator_alone(teachers: Any) -> N
     assert not torch.equal(first["layers.1.feature"], other["layers.1.feature"])
     assert not torch.equal(first["layers.0.feature"], first["layers.1.feature"])
     assert first["layers.0.feature"].shape == (3, 16, 8)  # f is half the head width
+
+
+@pytest.mark.parametrize("window", [0, 6])
+def test_the_exporter_starts_from_the_same_numbers(teachers: Any, window: int) -> None:
+    teacher, config = teachers("qwen3"), LawcatConfig(feature_dim=5, window=window)
+    held = load_student(teacher, config=config).new_parameters()
+    tensors = initial_tensors(teacher.geometry, config)
+    assert {name: value.shape for name, value in tensors.items()} == parameter_shapes(
+        teacher.geometry, config
+    )
+    assert set(held) == set(tensors)
+    for name, value in tensors.items():
+        assert np.array_equal(held[name].detach().numpy(), value), name
+    assert ("layers.1.omega" in tensors) == bool(window)
+    again = load_student(teacher, config=config, seed=7).new_parameters()
+    assert np.array_equal(
+        again["layers.1.gate_a"].detach().numpy(),
+        initial_tensors(teacher.geometry, config, 7)["layers.1.gate_a"],
+    )
 
 
 def test_low_rank_updates_change_the_student_alone_and_by_alpha_over_rank(teachers: Any) -> None:

@@ -17,6 +17,7 @@ from lawcat_edge.commands.chat import chat
 from lawcat_edge.commands.generate import generate
 from lawcat_edge.commands.info import info
 from lawcat_edge.commands.verify import verify
+from lawcat_edge.runtime import Model
 from lawcat_edge.runtime.errors import CheckFailed, LawcatError
 
 
@@ -68,7 +69,7 @@ def test_generate_reads_a_file_saves_and_goes_on(bundle: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"caf\xe9", "not UTF-8"), (b"a\0b", "binary"), (b" \n", "empty"), (None, "Cannot read")],
+    [(b"caf\xe9", "not valid UTF-8"), (b"a\0b", "binary"), (b" \n", "empty"), (None, "Cannot read")],
 )
 def test_generate_refuses_bad_files_in_one_sentence(
     bundle: str, tmp_path: Path, content: bytes | None, message: str
@@ -115,6 +116,15 @@ def test_chat_commands(bundle: str, tmp_path: Path) -> None:
     assert again.exit_code == 0
 
 
+def test_a_line_that_begins_with_a_slash_can_be_said(bundle: str, tmp_path: Path) -> None:
+    state = tmp_path / "talk.state"
+    spoken = f"\ufeff//etc is a folder\n/save {state}\n"  # and a mark before a piped text is no part of it
+    assert run("chat", bundle, "--max-new-tokens", "2", stdin=spoken).exit_code == 0
+    context = Model.load(bundle).restore(state)
+    assert context.messages[0] == {"role": "user", "content": "/etc is a folder"}
+    assert "write //" in run("chat", bundle, stdin="/etc is a folder\n").stderr
+
+
 def test_verify_passes_and_fails(bundle: str, tmp_path: Path) -> None:
     assert "is whole" in run("verify", bundle).stdout
     assert json.loads(run("verify", bundle, "--json").stdout)["ok"] is True
@@ -153,3 +163,19 @@ def test_bench_measures_every_context(bundle: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("command", ["generate", "chat", "info", "verify", "bench"])
 def test_every_help_has_examples(command: str) -> None:
     assert f"lawcat-edge {command} bundle" in " ".join(run(command, "--help").stdout.split())
+
+
+def test_chat_takes_the_bundles_sampling_values_where_no_option_says_one(tmp_path: Path) -> None:
+    from lawcat_edge.runtime import Model
+
+    settings = {"temperature": 0.8, "top_k": 5, "repetition_penalty": 1.2, "do_sample": True}
+    folder = build_tiny_bundle(tmp_path / "bundle", generation=settings, eos=[])
+    values: Any = {"temperature": 0.8, "top_k": 5, "repetition_penalty": 1.2, "seed": 4, "max_new_tokens": 12}
+    for options, changed in (
+        ((), {}),
+        (("--temperature", "0"), {"temperature": 0.0}),
+        (("--top-k", "0"), {"top_k": 0}),
+    ):
+        expected = Model.load(folder, threads=1).chat("Hi", **{**values, **changed}).text
+        result = run("chat", str(folder), "--seed", "4", "--max-new-tokens", "12", *options, stdin="Hi\n")
+        assert result.stdout == expected + "\n"

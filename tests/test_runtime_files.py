@@ -65,13 +65,18 @@ def test_members_must_be_regular_files_inside(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "data",
     [
-        b"", b"{", b'{"a":1,"a":2}', b"NaN", b"[Infinity]", b"\xff", b"1" * 30,
+        b"", b"{", b'{"a":1,"a":2}', b"NaN", b"[Infinity]", b"\xff", b"1" * 39,
         b"[" * 65 + b"]" * 65, b"[" * 1_000_000, b'{"a":' * 70 + b"1" + b"}" * 70,
     ],
 )  # fmt: skip
 def test_bad_json_is_one_error(data: bytes) -> None:
     with pytest.raises(LawcatError, match="thing"):
         files.parse_json(data, "thing")
+
+
+def test_the_length_that_transformers_writes_for_no_limit_is_read() -> None:
+    unlimited = 1000000000000000019884624838656  # transformers.tokenization_utils_base.VERY_LARGE_INTEGER
+    assert files.parse_json(b'{"model_max_length": %d}' % unlimited, "thing")["model_max_length"] == unlimited
 
 
 def test_brackets_inside_strings_do_not_count_as_depth() -> None:

@@ -135,3 +135,8 @@ def test_logits_that_are_not_finite_are_an_error(bad: float) -> None:
 def test_wrong_options_are_refused_by_name(options: dict) -> None:
     with pytest.raises(LawcatError, match=next(iter(options))):
         SamplingOptions(**options)
+
+
+def test_a_top_k_that_is_too_large_is_told_its_limit() -> None:
+    with pytest.raises(LawcatError, match="from 0 to 16,777,216, not 16777217"):
+        SamplingOptions(top_k=(1 << 24) + 1)

@@ -84,8 +84,10 @@ def test_stop_strings_do_not_depend_on_the_pieces(text: str, stops: list[str], d
 
 
 def test_bad_stop_strings_and_tokenizers_are_refused() -> None:
-    with pytest.raises(LawcatError, match="Stop strings"):
-        StopStrings([""])
+    with pytest.raises(LawcatError, match="A stop string is empty"):
+        StopStrings(["x", ""])
+    with pytest.raises(LawcatError, match="at most 1000 characters"):
+        StopStrings(["x" * 1001])
     for data in (b"", b"{}", b"\xff\xfe", b'{"version":"1.0","model":{"type":"Nope"}}'):
         with pytest.raises(LawcatError, match="not a valid tokenizer"):
             Tokenizer(data, V)
@@ -116,7 +118,7 @@ def test_what_templates_of_real_models_use_works() -> None:
         "{% for k, v in {'x': 1}.items() %}{{ k }}{{ v }}{% endfor %}{{ 'a' ~ 1 ~ messages | length }}"
         "{% set a, b = (1, 2) %}{{ a + b }}{% if messages[0]['content'].startswith('He') %}!{% endif %}"
     )
-    text = ChatTemplate(source, bos="<s>").render(HELLO)
+    text = ChatTemplate(source, {"bos_token": "<s>"}).render(HELLO)
     assert text == '<s>1Hello{"role": "user", "content": "Hello"}a-b1x1a113!'
 
 
@@ -138,6 +140,26 @@ def test_what_templates_of_real_models_use_works() -> None:
         "{{ 'a'.center(10**9) }}",
         "{{ '{:>999999999}'.format(1) }}",
         "{{ '%999999999d' % 1 }}",
+        "{{ '%*d' % (999999999, 1) }}",
+        "{{ '%.999999999f' % 1 }}",
+        "{{ '%999999999d' | format(1) }}",
+        "{% set a = 'x' * 1000000 %}{{ ('%(a)s' * 100000) % {'a': a} }}",
+        "{% set a = '\\n' * 1000000 %}{{ ('%(a)r' * 30) % {'a': a} }}",
+        "{{ '{:{w}}'.format(1, w=999999999) }}",
+        "{{ '{a:>999999999}'.format_map({'a': 1}) }}",
+        "{% set a = 'x' * 1000000 %}{{ ('{0}' * 100000).format(a) }}",
+        "{{ '{0.__class__.__mro__[1].__subclasses__}'.format(1) + 1 }}",
+        "{{ 'a\\nb' | indent(10**9) }}",
+        "{{ 'a\\nb' | indent(first=true, width=10**9) }}",
+        "{{ ('a b ' * 10000) | wordwrap(1, wrapstring='x' * 1000000) }}",
+        "{{ [1] | batch(10**9, 'x') | list }}",
+        "{{ [1] | slice(10**9, 'x') | list }}",
+        "{{ 'a'.ljust(10**9) }}",
+        "{{ ('\\t' * 1000000).expandtabs(10**6) }}",
+        "{{ 'x' | tojson(indent=10**9) }}",
+        "{{ [1, 2] | tojson(separators=('x' * 100000, ':')) }}",
+        "{{ range(100000) | map('string') | join('x' * 1000000) }}",
+        "{{ ('x' * 1000000).join(range(100000) | map('string')) }}",
         "{{ ''.__class__.__mro__ }}",
         "{{ messages.append(1) }}",
         "{% include 'secret' %}",

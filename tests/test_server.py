@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
 import signal
@@ -10,15 +9,14 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from array import array
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from served import Running, load, running, until
 from tiny_bundle import build_tiny_bundle
 
 openai = pytest.importorskip("openai", reason="the server's tests need the extras `serve` and `test`")
@@ -27,10 +25,11 @@ pytest.importorskip("uvicorn", reason="the server's tests need the extra `serve`
 from lawcat_edge import cli  # noqa: E402
 from lawcat_edge.runtime import LawcatError, Model  # noqa: E402
 from lawcat_edge.runtime.model import Request  # noqa: E402
-from lawcat_edge.runtime.server import Options, build_server, listen  # noqa: E402
+from lawcat_edge.runtime.server import Options, listen, serve  # noqa: E402
 from lawcat_edge.runtime.server_cache import StateCache  # noqa: E402
 from lawcat_edge.runtime.server_replies import token_bytes  # noqa: E402
 from lawcat_edge.runtime.server_worker import Closing, Job, Piece, QueueFull, Worker  # noqa: E402
+from lawcat_edge.runtime.text import TokenTexts  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = "The keeper lit the lamp at dusk and wrote the weather down. " * 3
@@ -42,63 +41,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny_bundle(tmp_path_factory.mktemp("server") / "bundle")
 
 
-def load(folder: Path) -> Model:
-    return Model.load(folder, threads=1, chunk=16)
-
-
 @pytest.fixture(scope="module")
 def model(folder: Path) -> Model:
     """A model for the expected answers; a server owns its own."""
     return load(folder)
-
-
-class Running:
-    """A server in a thread."""
-
-    def __init__(self, port: int) -> None:
-        self.port = port
-
-    def client(self, **options: Any) -> Any:
-        options = {"api_key": "none", "max_retries": 0, "timeout": 60, **options}
-        return openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", **options)
-
-    def raw(
-        self, method: str, path: str, body: bytes | None = None, **headers: str
-    ) -> tuple[int, dict[str, str], Any]:
-        """(status, headers, JSON) of a request made by hand."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
-        names = {name.replace("_", "-"): value for name, value in headers.items()}
-        connection.request(method, path, body, {"Content-Type": "application/json", **names})
-        response = connection.getresponse()
-        data = response.read()
-        connection.close()
-        return response.status, {k.lower(): v for k, v in response.getheaders()}, json.loads(data)
-
-    def health(self) -> dict[str, Any]:
-        return self.raw("GET", "/health")[2]
-
-
-@contextmanager
-def running(folder: Path, **options: Any) -> Iterator[Running]:
-    listener = listen("127.0.0.1", 0)
-    server = build_server(load(folder), Options(**options), grace_seconds=0.5)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-    thread.start()
-    try:
-        until(lambda: server.started)
-        yield Running(listener.getsockname()[1])
-    finally:
-        server.should_exit = True
-        thread.join(20)
-        listener.close()
-        assert not thread.is_alive()
-
-
-def until(condition: Callable[[], Any], seconds: float = 20.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")
@@ -201,8 +147,13 @@ def test_logprobs_are_the_models_in_both_forms_whole_and_streamed(client: Any, m
 
 def test_the_bytes_of_part_of_a_character_are_known(model: Model) -> None:
     halves = model.tokenizer.encode("é")
-    assert [token_bytes(model.tokenizer, token) for token in halves] == [[0xC3], [0xA9]]
-    assert token_bytes(model.tokenizer, model.tokenizer.id_of("<|im_end|>") or 0) == list(b"<|im_end|>")
+    texts = TokenTexts(model.tokenizer)
+
+    def data(token: int) -> list[int] | None:
+        return token_bytes(model.tokenizer, token, texts.of(token))
+
+    assert [data(token) for token in halves] == [[0xC3], [0xA9]]
+    assert data(model.tokenizer.id_of("<|im_end|>") or 0) == list(b"<|im_end|>")
 
 
 def test_models_are_listed_and_others_are_not_found(client: Any, server: Running) -> None:
@@ -279,7 +230,7 @@ def test_garbage_is_refused_as_such(server: Running, body: bytes) -> None:
     assert (status, answer["error"]["code"]) == (400, "invalid_json")
 
 
-@pytest.mark.parametrize("prompt", ["", [], [-1], [10**6], ["a", "b"], [1.5], None, "\ud800"])
+@pytest.mark.parametrize("prompt", ["", [], [-1], [10**6], ["a", ""], [1.5], None, "\ud800"])
 def test_prompts_that_are_none_are_refused(server: Running, prompt: Any) -> None:
     status, _, answer = server.raw("POST", "/v1/completions", json.dumps({"prompt": prompt}).encode())
     assert status == 400
@@ -432,7 +383,7 @@ def job_of(
     model_or_tokens: Any, wake: Callable[[], None] = lambda: None, room: int = 64, **options: Any
 ) -> Job:
     request = Request.of(**{"ignore_eos": True, "logprobs": 0, **options})
-    return Job(array("I", model_or_tokens), request, wake, room)
+    return Job([array("I", model_or_tokens)], request, wake, room)
 
 
 def run_job(worker: Worker, tokens: list[int], **options: Any) -> tuple[str, list[int], Job]:
@@ -557,6 +508,96 @@ def test_the_cache_keeps_the_states_used_last(model: Model) -> None:
     branch = cache.find(array("I", [*range(60), 7, 7]))
     assert (branch[0], branch[2]) == (None, 60)
     assert cache.find(array("I", [*range(20), 7, 7]))[2] is None
+
+
+class Held:
+    """Holds a server's model after some calls, in the middle of a turn, until it is released."""
+
+    def __init__(self, found: Running, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+        engine = found.server.service.model.engine
+        forward, self.calls, self.after = engine.forward, 0, after
+        self.held, self.release = threading.Event(), threading.Event()
+
+        def hold(*args: Any, **options: Any) -> Any:
+            self.calls += 1
+            if self.calls > self.after:
+                self.held.set()
+                assert self.release.wait(60)
+            return forward(*args, **options)
+
+        monkeypatch.setattr(engine, "forward", hold)
+
+
+def test_every_reader_is_told_of_the_end_while_the_model_is_in_the_middle_of_a_turn(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running(folder, parallel=2) as found:
+        client = found.client()
+        ask(client, "warm")
+        held = Held(found, monkeypatch, after=20)
+        try:
+            streams = [ask(client, f"s{i}", stream=True, max_completion_tokens=30_000) for i in range(3)]
+            heads = [next(iter(stream)).choices[0].delta.role for stream in streams]
+            assert heads == ["assistant"] * 3  # two take turns, and the third waits for one
+            with ThreadPoolExecutor(2) as pool:
+                whole = pool.submit(ask, client, "whole")
+                until(lambda: found.health()["waiting"] == 2)
+                slow = socket.create_connection(("127.0.0.1", found.port))
+                slow.sendall(
+                    b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                    b'Content-Length: 1000\r\n\r\n{"prompt":'
+                )
+                until(lambda: len(found.server.service.reading) == 1)
+                assert held.held.wait(20)
+                found.server.should_exit = True
+                for stream in streams:
+                    with pytest.raises(openai.APIError, match="ended this answer"):
+                        for _ in stream:
+                            pass
+                with pytest.raises(openai.InternalServerError) as caught:
+                    whole.result(20)
+            assert (caught.value.status_code, caught.value.code) == (503, "shutting_down")
+            assert slow.recv(65536).startswith(b"HTTP/1.1 503")
+            slow.close()
+            assert not held.release.is_set()
+        finally:
+            held.release.set()
+
+
+def test_a_reader_far_behind_is_told_of_the_end_too(folder: Path) -> None:
+    with running(folder, parallel=1) as found:
+        service = found.server.service
+        body = json.dumps({
+            "prompt": "x", "max_tokens": 30_000, "stream": True, "logprobs": 20, "ignore_eos": True,
+        }).encode()  # fmt: skip
+        lazy = socket.socket()
+        lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        lazy.connect(("127.0.0.1", found.port))
+        head = f"Host: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        lazy.sendall(b"POST /v1/completions HTTP/1.1\r\n" + head.encode() + body)
+        until(lambda: len(service.answers) == 1)
+        (answer,) = service.answers
+        until(lambda: not answer.job.has_room, 40)
+        found.server.should_exit = True
+        until(lambda: service.ended)
+        data = b""
+        while part := lazy.recv(65536):
+            data += part
+        lazy.close()
+        assert data.endswith(b"0\r\n\r\n")
+        last = data.split(b"data: ")[-1].split(b"\n\n")[0]
+        assert json.loads(last)["error"]["code"] == "cancelled"
+        # What may wait for a reader must be little, or one that is slow could not be told in time.
+        assert len(data) < 1 << 20
+
+
+def test_a_sigterm_at_the_start_ends_the_server(folder: Path) -> None:
+    def send(_: str) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    serve(load(folder), Options(), port=0, ready=send)
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_the_command_serves_until_sigterm_and_ends_cleanly(folder: Path) -> None:

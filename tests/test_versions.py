@@ -56,7 +56,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     for name, scheme, settings in options:
         config = LawcatConfig(feature_dim=8, **settings)
         teacher, model, adapter = make_student(
-            base / f"{name}-teacher", config=config, hidden_size=96, tie_word_embeddings=False
+            base / f"{name}-teacher", config=config, hidden_size=96, tie_word_embeddings=False, start=6
         )
         make_bundle(teacher, model, adapter, base / name, scheme=scheme, ops=("ort", "onnx", "portable"))
         made.append(base / name)

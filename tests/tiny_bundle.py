@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +183,15 @@ def _model(kind: str, seed: int, geometry: dict, lawcat: dict) -> tuple[Any, dic
 
 
 def build_tiny_bundle(
-    folder: Path, seed: int = 0, window: int = 0, rope: bool = False, span: int = 0
+    folder: Path,
+    seed: int = 0,
+    window: int = 0,
+    rope: bool = False,
+    template: str = TEMPLATE,
+    generation: dict[str, Any] | None = None,
+    tokenizer: Tokenizer | None = None,
+    eos: Sequence[int] = (IM_END,),
+    span: int = 0,
 ) -> Path:
     """Write the bundle to `folder` (with parity vectors from its own run) and return the folder.
 
@@ -215,8 +225,10 @@ def build_tiny_bundle(
             model.graph.initializer.append(tensor)
         (folder / name).write_bytes(model.SerializeToString())
     (folder / "model.onnx.data").write_bytes(data)
-    (folder / "tokenizer.json").write_text(tiny_tokenizer().to_str())
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    (folder / "tokenizer.json").write_text((tokenizer or tiny_tokenizer()).to_str())
+    (folder / "chat_template.jinja").write_text(template)
+    if generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation))
     manifest = Manifest(
         name="tiny",
         created_by="lawcat-edge test",
@@ -227,7 +239,7 @@ def build_tiny_bundle(
         ops=["ort"],
         graphs={"ort": {"last": "model.onnx", "all": "model_all.onnx"}},
         state=expected_state(geometry, lawcat),
-        tokens={"bos": None, "eos": [IM_END]},
+        tokens={"bos": None, "eos": list(eos)},
         min_onnxruntime={"ort": "1.25.1"},
     )
     write_manifest(folder, manifest)

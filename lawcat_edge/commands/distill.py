@@ -17,7 +17,7 @@ def distill(
     out: Annotated[Path, typer.Option(help="Adapter folder to write.")],
     data: Annotated[
         list[str] | None,
-        typer.Option(help="Text, JSONL, Parquet, globs, tokenised .bin, hub:NAME; repeatable."),
+        typer.Option(help="Text, JSON, CSV, Parquet, globs, tokenised .bin, hub:NAME; repeatable."),
     ] = None,
     recipe: Annotated[
         str | None, typer.Option(help="hybrid, general, general-window, passkey, or a JSON file.")
@@ -82,6 +82,12 @@ def distill(
     ] = None,
     start_from: Annotated[Path | None, typer.Option(help="Adapter to go on from.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Start anew and lose the unfinished run in OUT.run.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a finished adapter in OUT.")
+    ] = False,
     half: Annotated[bool, typer.Option("--half", help="Store float16 (for publishing).")] = False,
     seed: Annotated[
         int | None, typer.Option(min=0, help="Seed of data order and initial parameters.")
@@ -91,7 +97,8 @@ def distill(
     """Distil TEACHER into a LAWCAT adapter: attention transfer, then low-rank fine-tuning.
 
     The log and the checkpoints of a running distillation lie in OUT.run; after a kill, the same command with
-    --resume goes on to the same result. Under `accelerate launch` it runs on many processes.
+    --resume goes on to the same result, and with --fresh it starts anew. Under `accelerate launch` it runs on
+    many processes.
 
     Examples:
 
@@ -109,6 +116,10 @@ def distill(
     from lawcat_edge.runtime.errors import LawcatError
     from lawcat_edge.teacher import resolve
 
+    if (out / "lawcat_config.json").is_file() and not (resume or overwrite):
+        raise LawcatError(
+            f"{out} holds a finished adapter; replace it with --overwrite, or give another --out."
+        )
     settings = load_recipe(recipe) if recipe else DistillSettings()
     names = set(settings.to_dict())
     changes = {name: value for name, value in given.items() if name in names and value is not None}
@@ -127,8 +138,9 @@ def distill(
         base.check_teacher(source)
     with training_progress(shown=is_main_process()) as progress:
         adapter = run(
-            source, data or [], out, settings, start_from=base, resume=resume, report=progress, half=half
-        )
+            source, data or [], out, settings, start_from=base, resume=resume, fresh=fresh, report=progress,
+            half=half,
+        )  # fmt: skip
     if not is_main_process():
         return
     if json_:

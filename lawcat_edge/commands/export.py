@@ -17,7 +17,7 @@ from lawcat_edge.runtime.errors import LawcatError
 
 def export(
     teacher: Annotated[str, typer.Argument(help="Folder, GGUF file, hub id, or smollm2.")],
-    out: Annotated[Path, typer.Option(help="Bundle folder to write; an old bundle there is replaced.")],
+    out: Annotated[Path, typer.Option(help="Bundle folder to write.")],
     adapter: Annotated[Path | None, typer.Option(help="Adapter folder; without it, untrained.")] = None,
     window: Annotated[
         int | None, typer.Option(help="Tokens of softmax attention; default: as the adapter was trained.")
@@ -48,6 +48,9 @@ def export(
     sign: Annotated[
         Path | None, typer.Option(help="Sign the manifest with this Ed25519 key (PEM; extra sign).")
     ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a bundle in OUT that is of something else.")
+    ] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Write the bundle of TEACHER with an adapter: graphs, weights, tokenizer, manifest.
@@ -80,6 +83,9 @@ def export(
         raise LawcatError("--window changes that of an adapter; give one with --adapter.")
     given = Adapter.load(adapter).with_window(window) if adapter is not None else None
     loaded, config = student(source, given)
+    operators = [op.strip() for op in ops.split(",")]
+    if not overwrite:
+        _check_replaced(out, source, loaded, config, table.name, operators)
     with _needed(table, measured, calibration or [], calibration_tokens, source, loaded, config) as needed:
         report = export_bundle(
             source.weights(),
@@ -88,7 +94,7 @@ def export(
             loaded,
             out,
             scheme=table,
-            ops=[op.strip() for op in ops.split(",")],
+            ops=operators,
             ort_format=ort_format,
             tokenizer_files=source.folder,
             source={
@@ -115,6 +121,38 @@ def export(
                 f"{flavour} against torch: relative error {parity['rel_err']:.1e}, KL {parity['kl']:.1e}, "
                 f"same best token {parity['top1']:.1%}"
             )
+
+
+def _check_replaced(
+    out: Path, source: Any, adapter: Any | None, config: Any, scheme: str, ops: list[str]
+) -> None:
+    """Refuse to replace a bundle of another teacher, adapter, scheme, window or set of operators."""
+    from lawcat_edge.runtime.bundle import MANIFEST, Bundle
+
+    if not (out / MANIFEST).is_file():
+        return
+    step = "replace it with --overwrite, or give another --out"
+    try:
+        manifest = Bundle.open(out, check_hashes=False).manifest
+    except LawcatError:
+        raise LawcatError(f"{out} holds a bundle that cannot be read; {step}.") from None
+    before = {
+        "teacher": manifest.source.get("teacher_sha256"),
+        "adapter": manifest.source.get("adapter_sha256"),
+        "scheme": manifest.scheme,
+        "operators": sorted(manifest.ops),
+        "settings": manifest.lawcat,
+    }
+    now = {
+        "teacher": source.sha256,
+        "adapter": adapter.sha256 if adapter is not None else None,
+        "scheme": scheme,
+        "operators": sorted(ops),
+        "settings": config.to_dict(),
+    }
+    differing = next((name for name, value in now.items() if before[name] != value), None)
+    if differing is not None:
+        raise LawcatError(f"{out} holds a bundle of another {differing}; {step}.")
 
 
 def student(source: Any, adapter: Any | None) -> tuple[Any | None, Any]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lawcat_edge.commands.output import dump_json
 from lawcat_edge.runtime.errors import LawcatError
 
 if TYPE_CHECKING:
@@ -19,24 +20,10 @@ MAX_TEXT_BYTES = 1 << 30
 
 def read_text(path: Path) -> str:
     """A text file in UTF-8. Raises LawcatError for another encoding, a binary or an empty file."""
+    from lawcat_edge.runtime.encoding import decode_text
     from lawcat_edge.runtime.files import read_bytes
 
     return decode_text(read_bytes(path, MAX_TEXT_BYTES), str(path))
-
-
-def decode_text(data: bytes, what: str) -> str:
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise LawcatError(
-            f"{what} is not UTF-8 text (byte {error.start:,}); convert it, for example with "
-            "`iconv -f latin1 -t utf-8`."
-        ) from error
-    if "\0" in text:
-        raise LawcatError(f"{what} is a binary file, not text; give a text file in UTF-8.")
-    if not text.strip():
-        raise LawcatError(f"{what} is empty; give a file with text.")
-    return text
 
 
 def show_stats(stats: Any, stream: Any = None) -> None:
@@ -101,6 +88,8 @@ def generate(
     if system is not None and not chat:
         raise LawcatError("--system needs --chat.")
     if prompt == "-":
+        from lawcat_edge.runtime.encoding import decode_text
+
         prompt = decode_text(sys.stdin.buffer.read(MAX_TEXT_BYTES), "The standard input")
     document = read_text(file) if file else None
 
@@ -126,7 +115,7 @@ def generate(
         if save_snapshot:
             loaded.snapshot(save_snapshot)
             result["snapshot"] = str(save_snapshot)
-        print(json.dumps(result, ensure_ascii=False))
+        print(dump_json(result))
         return
     for text in running:
         print(text, end="", flush=True)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from lawcat_edge.commands.output import dump_json
 from lawcat_edge.runtime.errors import LawcatError
 
 
@@ -33,7 +33,7 @@ def info(
             f"{model} is neither a bundle nor an adapter folder; make one with export or distill."
         )
     if json_:
-        print(json.dumps(document, ensure_ascii=False))
+        print(dump_json(document))
     else:
         _show(document)
 

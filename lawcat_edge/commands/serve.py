@@ -33,6 +33,12 @@ def serve(
         list[str] | None,
         typer.Option(help="Web origin that may use the server from a browser; may be repeated."),
     ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Host name that may be asked for beside localhost, as by a proxy; may be repeated."
+        ),
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="Processor threads; default: physical cores.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="Say where it listens as one JSON document.")] = False,
 ) -> None:
@@ -55,6 +61,7 @@ def serve(
     from lawcat_edge.runtime.server import Options, is_local
     from lawcat_edge.runtime.server import serve as run
 
+    host = host[1:-1] if host.startswith("[") and host.endswith("]") else host
     options = Options(
         names=tuple(name or ()),
         parallel=parallel,
@@ -63,8 +70,9 @@ def serve(
         max_tokens=max_tokens,
         max_request_bytes=int(max_request_mb * (1 << 20)),
         api_key=api_key,
-        check_host=is_local(host),
-        cors=tuple(cors or ()),
+        check_host=is_local(host) or bool(allowed_host),
+        allowed_hosts=tuple(name.lower().removesuffix(".") for name in allowed_host or ()),
+        cors=tuple(origin.strip().removesuffix("/") for origin in cors or ()),
     )
     loaded = Model.load(model, threads=threads)
     names = list(options.names or (loaded.bundle.manifest.name,))

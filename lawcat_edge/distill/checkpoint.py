@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lawcat_edge.distill.parallel import shard_like, whole
+from lawcat_edge.distill.run_folder import check_facts
 from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.runtime.files import atomic_folder, read_json, sha256_file, write_json
 
@@ -76,21 +77,7 @@ def read_progress(folder: Path, facts: dict[str, Any]) -> Progress:
     data = read_json(folder / "state.json")
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise LawcatError(f"{folder} is no checkpoint of this version; remove it and start the run anew.")
-    for name, value in facts.items():
-        if data.get(name) != value:
-            if name == "global_batch":
-                raise LawcatError(
-                    f"The checkpoint in {folder} took {data.get(name)} sequences a step, this run would take "
-                    f"{value}; set --batch-size and --grad-accumulation so that their product times the "
-                    f"number of processes is {data.get(name)}."
-                )
-            differing = name
-            if isinstance(value, dict) and isinstance(data.get(name), dict):
-                differing = next((k for k in value if data[name].get(k) != value[k]), name)
-            raise LawcatError(
-                f"The checkpoint in {folder} was made with another {differing!r}; resume with the same "
-                f"settings, or remove the folder and start anew."
-            )
+    check_facts(data, facts, folder)
     try:
         values = dict(data["progress"])
         if values["best"] is None:

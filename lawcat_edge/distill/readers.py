@@ -1,12 +1,15 @@
-"""Documents from text, JSONL and Parquet files, globs and hub datasets, read as streams of bounded memory.
+"""Documents from text, JSON, CSV and Parquet files, globs and hub datasets, as streams of bounded memory.
 
-A source is a path, a glob, or ``hub:owner/name[,config[,split]]``. A ``.txt`` file holds documents
+A source is a path, a glob, or ``hub:owner/name[,config[,split]]``. Text formats may be compressed (gzip,
+bzip2, xz, zstd). Records hold a string ``text`` or a list ``messages``: lines of ``.jsonl``, the objects of a
+``.json`` list, rows of a ``.csv`` or ``.tsv`` with a header, rows of Parquet. A ``.txt`` file holds documents
 separated by a line with one form feed; without such a line the whole file is one document. Very long
 documents come in parts, so that a 100 GB file costs no more memory than a small one.
 """
 
 from __future__ import annotations
 
+import csv
 import glob
 import hashlib
 import json
@@ -15,9 +18,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+from lawcat_edge.distill.text_files import kind_of, open_text
 from lawcat_edge.runtime.errors import LawcatError
+from lawcat_edge.runtime.files import user_path
 from lawcat_edge.runtime.template import ChatTemplate
 
 CHUNK = 1 << 16
@@ -25,7 +30,9 @@ CHUNK = 1 << 16
 PART = 1 << 18
 """Characters of the longest piece handed on; a longer document comes in several parts."""
 LINE_LIMIT = 1 << 26
-"""Characters of the longest JSONL line accepted (64 M)."""
+"""Characters of the longest JSONL line, CSV field or JSON document accepted (64 M)."""
+MARK = "\ufeff"
+"""A byte-order mark; in the middle of a file where such files were joined."""
 HELDOUT_SHARE = 0.02
 SPLITS = ("train", "heldout", "all")
 
@@ -55,7 +62,7 @@ class ChatForm:
 
     @cached_property
     def template(self) -> ChatTemplate:
-        return ChatTemplate(self.source, eos=self.end)
+        return ChatTemplate(self.source, {"bos_token": "", "eos_token": self.end})
 
     def write(self, messages: list[dict[str, Any]]) -> str:
         return self.template.render(messages, add_generation_prompt=False)
@@ -80,13 +87,17 @@ def expand(sources: Sequence[str | Path]) -> list[str]:
         if source.startswith("hub:"):
             found.append(source)
             continue
-        if glob.has_magic(source) and not Path(source).exists():
-            matches = sorted(name for name in glob.glob(source, recursive=True) if Path(name).is_file())
+        path = user_path(source)
+        if path.is_file():
+            found.append(str(path))
+        elif path.is_dir():
+            raise LawcatError(f"{source} is a folder; name its files, for example '{source}/*.txt'.")
+        elif glob.has_magic(source):
+            pattern = _pattern(path)
+            matches = sorted(name for name in glob.glob(pattern, recursive=True) if Path(name).is_file())
             if not matches:
                 raise LawcatError(f"No file matches {source!r}; check the pattern or quote it for the shell.")
             found += matches
-        elif Path(source).is_file():
-            found.append(source)
         else:
             raise LawcatError(
                 f"No data file at {source!r}; give a file, a glob, or hub:owner/name for a hub dataset."
@@ -96,34 +107,39 @@ def expand(sources: Sequence[str | Path]) -> list[str]:
     return found
 
 
+def _pattern(path: Path) -> str:
+    """The glob of a path whose leading folders may have brackets in their names."""
+    exists, pattern = True, Path()
+    for name in path.parts:
+        here = Path(glob.escape(str(pattern / name))) if not pattern.parts else pattern / glob.escape(name)
+        exists = exists and bool(glob.glob(str(here)))
+        pattern = here if exists else pattern / name
+    return str(pattern)
+
+
 def _pieces_of_text(path: str) -> Iterator[tuple[str, bool]]:
     """(text, last) pieces of a form-feed separated file, each at most PART characters plus one chunk."""
-    try:
-        with open(path, encoding="utf-8", errors="strict") as file:
-            held = ""
-            while True:
-                chunk = file.read(CHUNK)
-                if "\0" in chunk:
-                    raise LawcatError(f"{path} is a binary file; --data takes UTF-8 text, JSONL or Parquet.")
-                held += chunk
-                at_end = not chunk
-                while match := _SEPARATOR.search(held):
-                    if match.end() == len(held) and not at_end:
-                        break  # the line may go on in the next chunk
-                    yield held[: match.start()], True
-                    # The newline that ends the separator may also begin the next one.
-                    held = held[match.end() :]
-                if at_end:
-                    yield held, True
-                    return
-                while len(held) > PART + 8:
-                    cut = _cut(held)
-                    yield held[:cut], False
-                    held = held[cut:]
-    except UnicodeDecodeError as error:
-        raise LawcatError(
-            f"{path} is not valid UTF-8 (byte {error.start}); convert it to UTF-8 first."
-        ) from None
+    with open_text(path) as file:
+        held = ""
+        while True:
+            chunk = file.read(CHUNK)
+            if "\0" in chunk:
+                raise LawcatError(f"{path} is a binary file; --data takes text, JSON, CSV or Parquet.")
+            held += chunk.replace(MARK, "")
+            at_end = not chunk
+            while match := _SEPARATOR.search(held):
+                if match.end() == len(held) and not at_end:
+                    break  # the line may go on in the next chunk
+                yield held[: match.start()], True
+                # The newline that ends the separator may also begin the next one.
+                held = held[match.end() :]
+            if at_end:
+                yield held, True
+                return
+            while len(held) > PART + 8:
+                cut = _cut(held)
+                yield held[:cut], False
+                held = held[cut:]
 
 
 def _cut(text: str) -> int:
@@ -168,33 +184,91 @@ def render_messages(messages: Any, template: ChatForm | None, where: str) -> str
 def _text_of(record: Any, template: ChatForm | None, where: str) -> str:
     if isinstance(record, dict):
         if isinstance(record.get("text"), str):
-            return record["text"]
+            return _whole(record["text"])
         if "messages" in record:
-            return render_messages(record["messages"], template, where)
+            return _whole(render_messages(record["messages"], template, where))
+        if record:
+            names = ", ".join(map(repr, list(record)[:8]))
+            raise LawcatError(
+                f'{where} has neither a string "text" nor a list "messages", but {names[:200]}; rename what '
+                f"holds the text."
+            )
     raise LawcatError(f'{where} has neither a string "text" nor a list "messages".')
 
 
-def _jsonl(path: str, template: ChatForm | None) -> Iterator[str]:
+def _whole(text: str) -> str:
+    """Half a pair of UTF-16 (``"\\ud83d"``, where a text was cut) becomes U+FFFD: no tokenizer takes it."""
     try:
-        with open(path, encoding="utf-8", errors="strict") as file:
-            number = 0
-            while line := file.readline(LINE_LIMIT):
-                number += 1
-                if len(line) >= LINE_LIMIT:
-                    raise LawcatError(f"{path}:{number} is longer than {LINE_LIMIT:,} characters; split it.")
-                if not line.strip():
-                    continue
-                try:
-                    record = json.loads(line)
-                except (ValueError, RecursionError):
-                    raise LawcatError(
-                        f"{path}:{number} is not valid JSON; write one object a line."
-                    ) from None
-                yield _text_of(record, template, f"{path}:{number}")
-    except UnicodeDecodeError as error:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def _jsonl(path: str, template: ChatForm | None) -> Iterator[str]:
+    with open_text(path) as file:
+        for where, record in _json_lines(file, path):
+            yield _text_of(record, template, where)
+
+
+def _json_lines(file: TextIO, path: str, number: int = 0) -> Iterator[tuple[str, Any]]:
+    while line := file.readline(LINE_LIMIT):
+        number += 1
+        if len(line) >= LINE_LIMIT:
+            raise LawcatError(f"{path}:{number} is longer than {LINE_LIMIT:,} characters; split it.")
+        line = line.strip().strip(MARK)
+        if not line:
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            raise LawcatError(f"{path}:{number} is not valid JSON; write one object a line.") from None
+        yield f"{path}:{number}", record
+
+
+def _json(path: str, template: ChatForm | None) -> Iterator[str]:
+    """A ``.json`` file: a list of records, one record, or lines of them (as many such files are)."""
+    with open_text(path) as file:
+        first = file.readline(LINE_LIMIT).strip().strip(MARK)
+    try:
+        by_lines = isinstance(json.loads(first), dict)
+    except (ValueError, RecursionError):
+        by_lines = False
+    if by_lines:
+        yield from _jsonl(path, template)
+        return
+    with open_text(path) as file:
+        text = file.read(LINE_LIMIT)
+    if len(text) >= LINE_LIMIT:
         raise LawcatError(
-            f"{path} is not valid UTF-8 (byte {error.start}); convert it to UTF-8 first."
-        ) from None
+            f"{path} is longer than {LINE_LIMIT:,} characters; write it as .jsonl, one object a line."
+        )
+    try:
+        found = json.loads(text.strip().strip(MARK))
+    except (ValueError, RecursionError):
+        raise LawcatError(f"{path} is not valid JSON; mend it, or name it .txt if it is text.") from None
+    for number, record in enumerate(found if isinstance(found, list) else [found], 1):
+        yield _text_of(record, template, f"{path}, record {number},")
+
+
+def _csv(path: str, kind: str) -> Iterator[str]:
+    csv.field_size_limit(LINE_LIMIT)
+    with open_text(path) as file:
+        rows = csv.reader(file, delimiter="\t" if kind == ".tsv" else ",")
+        try:
+            header = [name.strip().strip(MARK) for name in next(rows, [])]
+            if "text" not in header:
+                names = ", ".join(map(repr, header[:8]))[:200] or "nothing"
+                raise LawcatError(
+                    f'{path} has no column "text" in its first line, but {names}; rename the column that '
+                    f"holds the text."
+                )
+            column = header.index("text")
+            for row in rows:
+                if len(row) > column:
+                    yield row[column]
+        except csv.Error as error:
+            raise LawcatError(f"{path}:{rows.line_num} cannot be read as CSV ({error}); mend it.") from None
 
 
 def _parquet(path: str, template: ChatForm | None) -> Iterator[str]:
@@ -252,16 +326,20 @@ def read_parts(
     chat_template: how ``messages`` become text; None writes ``role: content`` lines.
     """
     assert split in SPLITS, split
-    suffix = Path(source).suffix.lower()
+    kind = "hub" if source.startswith("hub:") else kind_of(source)
+    texts: Iterable[str] | None = None
+    if kind == "hub":
+        texts = _hub(source, chat_template)
+    elif kind in (".jsonl", ".ndjson"):
+        texts = _jsonl(source, chat_template)
+    elif kind == ".json":
+        texts = _json(source, chat_template)
+    elif kind in (".csv", ".tsv"):
+        texts = _csv(source, kind)
+    elif kind in (".parquet", ".pq"):
+        texts = _parquet(source, chat_template)
     pieces: Iterable[tuple[str, bool]]
-    if source.startswith("hub:"):
-        pieces = (piece for text in _hub(source, chat_template) for piece in _split_long(text))
-    elif suffix in (".jsonl", ".ndjson"):
-        pieces = (piece for text in _jsonl(source, chat_template) for piece in _split_long(text))
-    elif suffix in (".parquet", ".pq"):
-        pieces = (piece for text in _parquet(source, chat_template) for piece in _split_long(text))
-    else:
-        pieces = _pieces_of_text(source)
+    pieces = _pieces_of_text(source) if texts is None else (p for text in texts for p in _split_long(text))
     first, heldout = True, False
     for text, last in pieces:
         if first:

@@ -21,6 +21,15 @@ from lawcat_edge.distill.data import Sequence, parse_mix, sequences
 from lawcat_edge.distill.full_attention import PICTURE, TABLE, FullAttention, plot_ranking, rank_layers
 from lawcat_edge.distill.parallel import one_fate, open_accelerator, sharded
 from lawcat_edge.distill.readers import ChatForm
+from lawcat_edge.distill.run_folder import (
+    SAMPLES,
+    begin,
+    check_begun,
+    check_start,
+    finish,
+    kept,
+    run_folder,
+)
 from lawcat_edge.distill.sample import ensure_samples, teacher_text
 from lawcat_edge.distill.settings import DistillSettings
 from lawcat_edge.distill.steps import FinetuneStep, TransferStep
@@ -44,13 +53,15 @@ def distill(
     *,
     start_from: Adapter | None = None,
     resume: bool = False,
+    fresh: bool = False,
     report: Report = lambda record: None,
     half: bool = False,
 ) -> Adapter:
     """Run the stages that ``settings`` name and write the adapter to ``out``.
 
     data: files, globs or hub data sets. start_from: an adapter to go on from (stage ``finetune`` needs it).
-    While running, log and checkpoint live in ``OUT.run`` beside the target; ``resume`` goes on from there.
+    While running, log and checkpoint live in ``OUT.run`` beside the target; ``resume`` goes on from there,
+    ``fresh`` starts anew where an unfinished run is, which is refused without either.
     report: called with every log record. Raises LawcatError for the user's mistakes, Diverged for a bad loss.
     """
     if settings.stage == "finetune" and start_from is None:
@@ -58,18 +69,19 @@ def distill(
             "Stage finetune alone needs an adapter to start from; give --start-from, or --stage both."
         )
     accelerator = open_accelerator(_bf16(settings))
-    folder = out.with_name(out.name + ".run")
+    folder = run_folder(out)
     _check_target(out)
     if accelerator.is_main_process:
         out.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder) if accelerator.is_main_process else contextlib.nullcontext():
         try:
             with one_fate(accelerator, folder):
+                check_start(folder, resume, fresh)
                 return _run(
                     teacher, data, out, settings, start_from, resume, report, half, accelerator, folder
                 )
         except BaseException:
-            if accelerator.is_main_process and not (folder / "checkpoint").exists():
+            if accelerator.is_main_process and kept(folder) is None:
                 shutil.rmtree(folder, ignore_errors=True)  # nothing in it can be resumed
             raise
 
@@ -95,14 +107,16 @@ def _run(
     folder: Path,
 ) -> Adapter:
     checkpoint = folder / "checkpoint"
-    if resume and not (checkpoint / "state.json").is_file():
-        raise LawcatError(f"There is no checkpoint to resume in {folder}; leave --resume away to start.")
     facts = {
         "settings": {k: v for k, v in settings.to_dict().items() if k not in _FREE},
         "teacher_sha256": teacher.sha256,
         "start_from": start_from.sha256 if start_from else None,
     }
-    done = read_progress(checkpoint, facts) if resume else None
+    done = None
+    if resume and (checkpoint / "state.json").is_file():
+        done = read_progress(checkpoint, facts)
+    elif resume:  # sampling was interrupted, or what came right after it
+        check_begun(folder, facts)
     choice, span = _full_attention(settings, teacher, start_from)
     layers = choice.fixed(teacher.geometry.num_layers)
     wanted = choice.wanted(teacher.geometry.num_layers)
@@ -121,9 +135,10 @@ def _run(
     backend = choose(settings.backend, linear.feature)  # what the operators will choose
     if data:  # a bad file is found now, before an earlier run's folder gives way to this one
         next(sequences(data, tokenizer, settings.seq_len, settings.seed, chat_template=template), None)
-    if done is None and accelerator.is_main_process:
+    if not resume and accelerator.is_main_process:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
+        begin(folder, facts)
     accelerator.wait_for_everyone()
     log = None
     if accelerator.is_main_process:
@@ -137,7 +152,7 @@ def _run(
         )
     own_text = None
     if "teacher" in parse_mix(settings.task_mix):
-        samples = folder / "teacher_samples.npy"
+        samples = folder / SAMPLES
         if accelerator.is_main_process:
             home = model.embed_tokens.weight.device
             model.to(accelerator.device)
@@ -244,6 +259,8 @@ def _run(
         adapter.save(out, half=half, extra=extra)
     accelerator.wait_for_everyone()
     saved = Adapter.load(out)
+    if accelerator.is_main_process:
+        finish(folder, saved.sha256)
     accelerator.end_training()
     return saved
 

@@ -2,10 +2,15 @@
 
 The prompt is the chat template up to where a user would speak; the teacher then writes both sides. (Letting
 an instruction-tuned model write its own instructions is the idea of Magpie, arXiv 2406.08464.)
+
+Sampling takes minutes, so it is resumable: the tokens so far and the state of the random generator are kept
+every few seconds in a file of some hundred KB, and the key/value cache is computed from the tokens again.
 """
 
 from __future__ import annotations
 
+import hashlib
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lawcat_edge.distill.corpus import separator_ids
+from lawcat_edge.distill.run_folder import PARTIAL
 from lawcat_edge.model import LawcatModel
 from lawcat_edge.rotary import Tables, rotate
 from lawcat_edge.runtime.errors import LawcatError
@@ -28,6 +34,8 @@ OPENINGS = (
     "<|im_start|>user\n",
 )
 LENGTH = 1024  # tokens of one sampled sequence
+PREFILL = 1 << 15  # tokens read at once, of all rows together: bounds memory when a resumed run reads on
+KEEP_SECONDS = 5.0
 
 
 def ensure_samples(
@@ -40,7 +48,8 @@ def ensure_samples(
 ) -> None:
     """Sample ``tokens`` tokens into ``path`` ([n, LENGTH] int32 .npy), unless they are there.
 
-    Seven in ten open a chat where the tokenizer knows ChatML; the rest start from nothing but the
+    Goes on from ``path``.partial where one of the same plan and seed lies; the caller answers for the same
+    teacher. Seven in ten open a chat where the tokenizer knows ChatML; the rest start from nothing but the
     separator, which gives text as the teacher saw it in training.
     """
     count = max(1, -(-tokens // LENGTH))
@@ -51,30 +60,83 @@ def ensure_samples(
         with_system, without = (tokenizer.encode(o, add_special_tokens=False).ids for o in OPENINGS)
         chats = count * 7 // 10
         plan = [with_system] * (count // 2) + [without] * (chats - count // 2) + plan[chats:]
+    partial = _Partial(path.with_name(path.name + PARTIAL), plan, seed)
+    rows, known = partial.read(model.embed_tokens.weight)
     batch = 1024 if model.embed_tokens.weight.is_cuda else 32  # a GPU decodes 1024 rows as fast as 32
-    rows: list[Tensor] = []
-    made = 0
-    while made < count:
+    while len(rows) < count:
+        made = len(rows)
         size = next((i for i in range(made, count) if plan[i] != plan[made]), count) - made
-        size, done = min(batch, size), 0
+        size = min(batch, size)
 
-        def tick(n: int, made: int = made, size: int = size) -> None:
-            nonlocal done
-            done += n
-            if done % (n * 64) == 0:
-                report(
-                    {
-                        "stage": "sample",
-                        "step": made + done // LENGTH,
-                        "steps": count,
-                        "tokens": made * LENGTH + done,
-                    }
-                )
+        def tick(tokens: Tensor, state: Tensor, rows: Tensor = rows) -> None:
+            partial.keep(rows, tokens, state)
+            if tokens.shape[1] % 64 == 0:
+                done = len(tokens) * tokens.shape[1]
+                here = len(rows) + done // LENGTH
+                report({"stage": "sample", "step": here, "steps": count, "tokens": len(rows) * LENGTH + done})
 
-        rows.append(sample_teacher(model, plan[made : made + size], LENGTH, seed=seed + made, progress=tick))
-        made += size
+        fits = known is not None and len(known[0]) == size
+        more = sample_teacher(
+            model,
+            plan[made : made + size],
+            LENGTH,
+            seed=seed + made,
+            known=known if fits else None,
+            progress=tick,
+        )
+        rows, known = torch.cat([rows, more.int()]), None
     with atomic_file(path) as file:
-        np.save(file, torch.cat(rows).numpy().astype(np.int32), allow_pickle=False)
+        np.save(file, rows.numpy(), allow_pickle=False)
+    partial.path.unlink(missing_ok=True)
+
+
+class _Partial:
+    """What was sampled before the samples are whole: finished rows, the rows under way, the generator."""
+
+    def __init__(self, path: Path, plan: list[list[int]], seed: int) -> None:
+        self.path, self.saved = path, time.monotonic()
+        self.identity = hashlib.sha256(repr((plan, seed, LENGTH)).encode()).hexdigest()
+
+    def keep(self, rows: Tensor, tokens: Tensor, state: Tensor) -> None:
+        """rows [n, LENGTH], tokens [B, t], state uint8: written when the last time is some seconds ago."""
+        if time.monotonic() - self.saved < KEEP_SECONDS:
+            return
+        from safetensors.torch import save
+
+        tensors = {"rows": rows.int(), "tokens": tokens.int().cpu().contiguous(), "state": state.cpu()}
+        with atomic_file(self.path) as file:
+            file.write(save(tensors, {"identity": self.identity}))
+        self.saved = time.monotonic()
+
+    def read(self, embedding: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """(rows, (tokens, state)); nothing where there is no such file, or one of another plan or device.
+
+        embedding: the model's [V, D], which says the device and the largest token.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        none = torch.zeros(0, LENGTH, dtype=torch.int32)
+        if not self.path.is_file():
+            return none, None
+        try:
+            with safe_open(self.path, "pt") as file:
+                if (file.metadata() or {}).get("identity") != self.identity:
+                    return none, None
+                rows, tokens, state = (file.get_tensor(name) for name in ("rows", "tokens", "state"))
+        except SafetensorError:
+            return none, None  # damaged: sampled anew
+        whole = all(
+            part.ndim == 2
+            and part.dtype == torch.int32
+            and bool(((part >= 0) & (part < len(embedding))).all())
+            for part in (rows, tokens)
+        )
+        like = torch.Generator(embedding.device).get_state()
+        if not whole or rows.shape[1] != LENGTH or not 0 < tokens.shape[1] < LENGTH:
+            return none, None
+        if (state.dtype, state.shape) != (like.dtype, like.shape):
+            return none, None
+        return rows, (tokens.long(), state)
 
 
 def teacher_text(path: Path) -> Callable[[np.random.Generator, int], np.ndarray]:
@@ -107,11 +169,14 @@ def sample_teacher(
     seed: int,
     temperature: float = 1.0,
     top_p: float = 0.95,
-    progress: Callable[[int], None] | None = None,
+    known: tuple[Tensor, Tensor] | None = None,
+    progress: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Tensor:
     """Continue equally long prompts with the teacher's softmax attention: tokens [n, length] on the CPU.
 
-    A preallocated key/value cache; the end-of-text token does not stop a sequence, the next turn begins.
+    progress: called after every token with the tokens so far [n, t] and the generator's state; known: what it
+    got last, to go on from. A preallocated key/value cache; the end-of-text token does not stop a sequence,
+    the next turn begins.
     """
     device = model.embed_tokens.weight.device
     tokens = torch.zeros(len(prompts), length, dtype=torch.long, device=device)
@@ -119,17 +184,22 @@ def sample_teacher(
     tokens[:, :start] = torch.tensor(prompts, device=device)
     generator = torch.Generator(device).manual_seed(seed)
     decoder = _Decoder(model, len(prompts), length)
-    for position in range(length - 1):
+    if known is not None:
+        start = known[0].shape[1]
+        tokens[:, :start] = known[0].to(device)
+        generator.set_state(known[1])
+    if start > 1:
+        decoder.read(tokens[:, : start - 1])
+    for position in range(start - 1, length - 1):
         logits = decoder.step(tokens[:, position : position + 1], position)
-        if position + 1 >= start:
-            tokens[:, position + 1] = _choose(logits.float(), temperature, top_p, generator)[:, 0]
-            if progress:
-                progress(len(prompts))
+        tokens[:, position + 1] = _choose(logits.float(), temperature, top_p, generator)[:, 0]
+        if progress:
+            progress(tokens[:, : position + 2], generator.get_state())
     return tokens.cpu()
 
 
 class _Decoder:
-    """The teacher, a token at a time for a whole batch; on a GPU each stretch of positions is one CUDA graph.
+    """The teacher with a preallocated cache; on a GPU, a stretch of positions is one CUDA graph.
 
     Keys are masked, not cut, to the tokens so far, so that within a stretch every step is the same work.
     """
@@ -138,18 +208,32 @@ class _Decoder:
 
     def __init__(self, model: LawcatModel, batch: int, length: int) -> None:
         self.model, g = model, model.geometry
-        device = model.embed_tokens.weight.device
-        self.cuda = device.type == "cuda"
-        dtype = torch.bfloat16 if self.cuda else torch.float32
+        weight = model.embed_tokens.weight
+        self.cuda = weight.is_cuda
         room = -(-length // self.STRETCH) * self.STRETCH
         self.cache = torch.zeros(
-            g.num_layers, 2, batch, g.num_kv_heads, room, g.head_dim, device=device, dtype=dtype
+            g.num_layers,
+            2,
+            batch,
+            g.num_kv_heads,
+            room,
+            g.head_dim,
+            device=weight.device,
+            dtype=torch.bfloat16 if self.cuda else weight.dtype,
         )
         self.rotary = model.rotary(0, room)
-        self.ids = torch.zeros(batch, 1, dtype=torch.long, device=device)
-        self.position = torch.zeros(1, dtype=torch.long, device=device)
+        self.ids = torch.zeros(batch, 1, dtype=torch.long, device=weight.device)
+        self.position = torch.zeros(1, dtype=torch.long, device=weight.device)
         self.graph: Any = None
         self.end, self.logits = 0, torch.empty(0)
+
+    def read(self, ids: Tensor) -> None:
+        """Fill the cache with the text's first tokens, ids [B,T]."""
+        position = 0
+        for piece in ids.split(max(PREFILL // len(ids), 1), 1):
+            positions = torch.arange(position, position + piece.shape[1], device=ids.device)
+            position += piece.shape[1]
+            self._run(piece, positions, position)
 
     def step(self, ids: Tensor, position: int) -> Tensor:
         """ids [B,1] at ``position`` -> logits [B,V] of the next token; the next step reuses the buffer."""
@@ -157,36 +241,38 @@ class _Decoder:
         self.position.fill_(position)
         if position >= self.end:  # this step runs by itself; the others of its stretch repeat a recording
             self.end, self.graph = (position // self.STRETCH + 1) * self.STRETCH, None
-            return self._run()
+            return self._run(self.ids, self.position, self.end)
         if not self.cuda:
-            return self._run()
+            return self._run(self.ids, self.position, self.end)
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
-                self.logits = self._run()
+                self.logits = self._run(self.ids, self.position, self.end)
         self.graph.replay()
         return self.logits
 
-    def _run(self) -> Tensor:
+    def _run(self, ids: Tensor, positions: Tensor, end: int) -> Tensor:
+        """ids [B,T] at positions [T], all below ``end`` -> logits [B,V] after the last."""
         model, g = self.model, self.model.geometry
-        here: Tables = (self.rotary[0][self.position], self.rotary[1][self.position])
-        age = self.position - torch.arange(self.end, device=self.ids.device)
-        seen = (age >= 0) & (age < (g.sliding_window or self.end))
-        mask = torch.zeros(self.end, device=age.device, dtype=self.cache.dtype).masked_fill(
-            ~seen, -torch.inf
-        )[None]
-        with torch.autocast(self.ids.device.type, dtype=torch.bfloat16, enabled=self.cuda):
-            x = model.embed_tokens(self.ids)
+        T, G, R = ids.shape[1], g.num_kv_heads, g.groups
+        here: Tables = (self.rotary[0][positions], self.rotary[1][positions])
+        age = positions[:, None] - torch.arange(end, device=ids.device)
+        seen = (age >= 0) & (age < (g.sliding_window or end))
+        mask = torch.zeros(seen.shape, device=age.device, dtype=self.cache.dtype)
+        mask = mask.masked_fill(~seen, -torch.inf).repeat(R, 1)  # [R T, end]
+        with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=self.cuda):
+            x = model.embed_tokens(ids)
             for layer, (keys, values) in zip(model.layers, self.cache, strict=True):
                 _, q, k, v = layer.read(x, teacher=True)
-                keys.index_copy_(2, self.position, rotate(k, here).transpose(1, 2).to(keys.dtype))
-                values.index_copy_(2, self.position, v.transpose(1, 2).to(values.dtype))
-                # The query heads of a group stand where queries of several tokens would: nothing is repeated.
-                query = rotate(q, here).to(keys.dtype).unflatten(2, (g.num_kv_heads, g.groups))[:, 0]
+                keys.index_copy_(2, positions, rotate(k, here).transpose(1, 2).to(keys.dtype))
+                values.index_copy_(2, positions, v.transpose(1, 2).to(values.dtype))
+                # The R query heads of a group stand where more tokens would, so that no key is repeated.
+                query = rotate(q, here).to(keys.dtype).unflatten(2, (G, R)).permute(0, 2, 3, 1, 4)
                 y = F.scaled_dot_product_attention(
-                    query, keys[:, :, : self.end], values[:, :, : self.end], attn_mask=mask
+                    query.flatten(2, 3), keys[:, :, :end], values[:, :, :end], attn_mask=mask
                 )
-                x = layer.write(x, y.flatten(1, 2)[:, None], teacher=True)
+                y = y.unflatten(2, (R, T)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+                x = layer.write(x, y, teacher=True)
             return model.lm_head(model.norm(x[:, -1]))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from lawcat_edge.distill.full_attention import FullAttention
 from lawcat_edge.lora import parse_targets
 from lawcat_edge.runtime.errors import LawcatError
-from lawcat_edge.runtime.files import read_json
+from lawcat_edge.runtime.files import read_json, user_path
 
 RECIPES = Path(__file__).parent / "recipes"
 STAGES = ("both", "transfer", "finetune")
@@ -146,7 +146,7 @@ def recipe_names() -> list[str]:
 
 def load_recipe(name: str) -> DistillSettings:
     """Settings of a recipe that ships with the package, or of a JSON file of the user's."""
-    path = RECIPES / f"{name}.json" if name in recipe_names() else Path(name)
+    path = RECIPES / f"{name}.json" if name in recipe_names() else user_path(name)
     if not path.is_file():
         raise LawcatError(
             f"There is no recipe {name!r}; take one of {', '.join(recipe_names())}, or a JSON file."

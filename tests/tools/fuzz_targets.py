@@ -124,7 +124,9 @@ def ranges(data: bytes) -> None:
 
 
 def template(data: bytes) -> None:
-    text = ChatTemplate(data.decode("utf-8", "replace"), "<s>", "</s>").render(MESSAGES)
+    text = ChatTemplate(data.decode("utf-8", "replace"), {"bos_token": "<s>", "eos_token": "</s>"}).render(
+        MESSAGES
+    )
     assert isinstance(text, str)
 
 

@@ -65,8 +65,17 @@ def build_ranges(folder: Path) -> None:
     found.save(folder / "ranges" / "ranges.json")
 
 
-def write_gguf(teacher: Path, path: Path) -> None:
-    """The teacher's folder as a GGUF file in float32, with its byte-level tokenizer."""
+def write_gguf(
+    teacher: Path,
+    path: Path,
+    keys: dict[str, Any] | None = None,
+    tensors: dict[str, np.ndarray] | None = None,
+) -> Path:
+    """The teacher's folder as a GGUF file in float32, with its byte-level tokenizer.
+
+    keys: more metadata of its family (``attention.sliding_window``), tensors: more of these. The rows of q
+    and k of a llama lie in pairs, as llama.cpp's own conversion orders them.
+    """
     import gguf
     from tokenizers import Tokenizer
 
@@ -76,7 +85,8 @@ def write_gguf(teacher: Path, path: Path) -> None:
 
     g = Geometry.from_hf(read_json(teacher / "config.json"))
     weights = SafetensorsWeights(teacher)
-    writer = gguf.GGUFWriter(path, "llama")
+    family = "llama" if g.family == "mistral" else g.family
+    writer = gguf.GGUFWriter(path, family)
     sizes: dict[str, int] = {
         "embedding_length": g.hidden_size, "block_count": g.num_layers, "vocab_size": g.vocab_size,
         "feed_forward_length": g.intermediate_size, "attention.head_count": g.num_heads,
@@ -84,9 +94,14 @@ def write_gguf(teacher: Path, path: Path) -> None:
         "attention.value_length": g.head_dim, "context_length": 4096, "rope.dimension_count": g.head_dim,
     }  # fmt: skip
     for name, value in sizes.items():
-        writer.add_uint32(f"llama.{name}", value)
-    writer.add_float32("llama.attention.layer_norm_rms_epsilon", g.rms_norm_eps)
-    writer.add_float32("llama.rope.freq_base", g.rope_theta)
+        writer.add_uint32(f"{family}.{name}", value)
+    writer.add_float32(f"{family}.attention.layer_norm_rms_epsilon", g.rms_norm_eps)
+    writer.add_float32(f"{family}.rope.freq_base", g.rope_theta)
+    adders: dict[type, Any] = {
+        bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string,
+    }  # fmt: skip
+    for name, given in (keys or {}).items():
+        adders[type(given)](f"{family}.{name}", given)
     vocabulary: dict[str, int] = Tokenizer.from_file(str(teacher / "tokenizer.json")).get_vocab()
     writer.add_tokenizer_model("gpt2")
     tokens = sorted(vocabulary, key=lambda token: vocabulary[token])
@@ -99,18 +114,27 @@ def write_gguf(teacher: Path, path: Path) -> None:
         "model.embed_tokens": "token_embd", "model.norm": "output_norm", "input_layernorm": "attn_norm",
         "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
         "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate",
-        "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+        "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "self_attn.q_norm": "attn_q_norm",
+        "self_attn.k_norm": "attn_k_norm", "lm_head": "output",
     }  # fmt: skip
+    heads = {"attn_q": g.num_heads, "attn_k": g.num_kv_heads}
     for name in weights.names():
-        stem = name.removesuffix(".weight")
+        stem, kind = name.rsplit(".", 1)
         if stem.startswith("model.layers."):
             _, _, layer, part = stem.split(".", 3)
             stem = f"blk.{layer}.{names[part]}"
         else:
             stem = names[stem]
         tensor: Any = weights.get(name)
-        writer.add_tensor(f"{stem}.weight", tensor)
+        count = heads.get(stem.rsplit(".", 1)[-1])
+        if family == "llama" and count:
+            halves = tensor.reshape(count, 2, g.head_dim // 2, *tensor.shape[1:])
+            tensor = np.ascontiguousarray(halves.swapaxes(1, 2).reshape(tensor.shape))
+        writer.add_tensor(f"{stem}.{kind}", tensor)
+    for name, more in (tensors or {}).items():
+        writer.add_tensor(name, more)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return path

@@ -27,7 +27,8 @@ class LawcatExportCommand(BaseOptimumCLICommand):
         add("--ops", default="ort", help="Operators, one or several: ort,onnx,portable.")
         add("--ort-format", action="store_true", help="Also write model.ort, for mobile apps.")
         add("--no-verify", action="store_true", help="Do not replay tokens in onnxruntime against torch.")
-        add("output", help="Bundle folder to write; an old bundle there is replaced.")
+        add("--overwrite", action="store_true", help="Replace a bundle that is of something else.")
+        add("output", help="Bundle folder to write.")
 
     def run(self) -> None:
         from lawcat_edge.cli import run
@@ -41,6 +42,8 @@ class LawcatExportCommand(BaseOptimumCLICommand):
             arguments.append("--ort-format")
         if given.no_verify:
             arguments.append("--no-verify")
+        if given.overwrite:
+            arguments.append("--overwrite")
         code = run(arguments)
         if code:
             sys.exit(code)

@@ -19,10 +19,12 @@ export class Model {
     let done = 0;
     const count = (bytes) => progress((done += bytes), bundle.bytesToLoad);
     const tokenizer = JSON.parse(await bundle.text("tokenizer.json"));
-    const config = bundle.has("tokenizer_config.json") ? await bundle.text("tokenizer_config.json") : "{}";
+    const settings = bundle.has("tokenizer_config.json")
+      ? JSON.parse(await bundle.text("tokenizer_config.json"))
+      : null;
     // Cleaning up spaces is a habit of old configs that would change the text; the runner never does it.
     model.tokenizer = new libraries.Tokenizer(tokenizer, {
-      ...JSON.parse(config),
+      ...settings,
       clean_up_tokenization_spaces: false,
     });
     if (bundle.has("chat_template.jinja")) {
@@ -30,6 +32,7 @@ export class Model {
     }
     model.engine = await Engine.create(libraries.ort, bundle, count);
     model.eos = new Set(bundle.manifest.tokens.eos);
+    model.specialTokens = specialTokens(settings, model.tokenizer, bundle.manifest.tokens);
     model.reset();
     return model;
   }
@@ -88,13 +91,12 @@ export class Model {
   }
 
   render(messages, generationPrompt = true) {
-    const { bos, eos } = this.bundle.manifest.tokens;
-    const written = (id) => (id == null ? "" : (this.tokenizer.id_to_token(id) ?? ""));
     try {
       return this.template.render({
+        tools: null,
+        documents: null,
+        ...this.specialTokens,
         messages,
-        bos_token: written(bos),
-        eos_token: written(eos[0]),
         add_generation_prompt: generationPrompt,
       });
     } catch (error) {
@@ -226,4 +228,16 @@ async function begins(mark, text) {
 function codePoints(text, count) {
   const all = Array.from(text);
   return [all.slice(0, count).join(""), all.slice(count).join("")];
+}
+
+/** By name, for the template: the tokenizer's own; a bundle without its settings has only ids. */
+function specialTokens(settings, tokenizer, { bos, eos }) {
+  const written = (id) => (id == null ? "" : (tokenizer.id_to_token(id) ?? ""));
+  if (settings === null) return { bos_token: written(bos), eos_token: written(eos[0]) };
+  const found = {};
+  for (const name of ["bos", "eos", "unk", "sep", "pad", "cls", "mask"].map((short) => `${short}_token`)) {
+    const text = settings[name]?.content ?? settings[name];
+    if (typeof text === "string") found[name] = text;
+  }
+  return found;
 }
