@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from tiny_bundle import build_tiny_bundle
 
+from lawcat_edge.adapter import GENERAL
 from lawcat_edge.cli import run
-from lawcat_edge.commands.demo import PUBLISHED
 from lawcat_edge.runtime import Model
 from lawcat_edge.runtime.sampling import SamplingOptions
 
@@ -217,7 +217,7 @@ def test_a_folder_from_the_disk(built, bundles):
 def test_real_bundle_gives_the_same_tokens(built, tmp_path):
     """SmolLM2-135M with the published adapter, in the graph that the page chooses, against the runner."""
     bundle = tmp_path / "bundle"
-    adapter = str(ROOT / PUBLISHED)
+    adapter = GENERAL
     made = [
         "export",
         "smollm2",

@@ -18,7 +18,7 @@ HELP = "/save FILE  /load FILE  /reset  /stats  /exit  (Ctrl-C stops an answer)"
 
 
 def chat(
-    model: Annotated[str, typer.Argument(help="Bundle folder.")],
+    model: Annotated[str, typer.Argument(help="Bundle folder, or owner/name on the hub.")],
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 512,
     temperature: Annotated[float | None, typer.Option(help="0 always takes the most likely token.")] = None,
