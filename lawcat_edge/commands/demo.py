@@ -8,6 +8,7 @@ import shlex
 import shutil
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -158,7 +159,9 @@ def _ask(bundle: Path, prompt: str, show: bool) -> dict[str, Any]:
     from lawcat_edge.runtime import Model
 
     model = Model.load(bundle)
-    generation = model.chat(prompt, max_new_tokens=96)
+    # With a seed, so that the demo says the same on every machine of a kind.
+    sampling = replace(model.sampling_defaults(), seed=0)
+    generation = model.chat(prompt, max_new_tokens=96, sampling=sampling)
     if show:
         print(f"\n> {prompt}\n", flush=True)
     parts = []
