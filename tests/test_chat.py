@@ -113,7 +113,7 @@ def test_a_pasted_text_is_one_question_and_keys_edit(
     terminal.prompt()
     terminal.type("ac\x1b[Db\r")  # left, and a letter between
     terminal.prompt()
-    terminal.type("one\ntwo\r")  # Ctrl-J
+    terminal.type("one\x1b\rtwo\r")  # Alt-Enter
     terminal.prompt()
     terminal.type("\x1b[A\x1b[A\x1b[A\r")  # up to the one before: its two lines are passed too
     terminal.prompt()
@@ -136,7 +136,7 @@ def test_ctrl_c_clears_the_line_and_help_helps(terminal: Terminal, bundle: Path,
     terminal.type("/help\r")
     terminal.wait("/read FILE")
     terminal.wait("pasted text is one question")
-    terminal.type("this\r")
+    terminal.type("this\r")  # perhaps before it asks again
     terminal.prompt()
     terminal.type("/save talk.state\r")
     terminal.wait("Saved to")

@@ -25,7 +25,7 @@ COMMANDS = {
     "//...": "say a line that begins with /",
 }
 KEYS = """\
-Enter sends, Alt-Enter or Ctrl-J begins a new line, pasted text is one question; the arrow keys bring earlier
+Enter sends, Alt-Enter begins a new line, pasted text is one question; the arrow keys bring earlier
 questions back; Ctrl-C stops an answer, and clears the line at the prompt."""
 
 

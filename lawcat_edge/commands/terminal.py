@@ -22,7 +22,7 @@ def questions(history: Path | None = None) -> Callable[[], str]:
     """A function that asks for the next question; it raises EOFError at the end, KeyboardInterrupt on Ctrl-C.
 
     In a terminal: line editing, the arrow keys bring back earlier questions, what is pasted is one question
-    whatever lines it has, and Alt-Enter or Ctrl-J begins a new line. history: a file that keeps questions for
+    whatever lines it has, and Alt-Enter begins a new line. history: a file that keeps questions for
     the next time; without one nothing is written. Elsewhere: a line is a question.
     """
     if not at_terminal():
@@ -48,8 +48,8 @@ def _edited(history: Path | None) -> Callable[[], str]:
     def _(event: Any) -> None:
         event.current_buffer.validate_and_handle()
 
+    # Not Ctrl-J too: what is typed ahead while an answer comes has it for Enter.
     @keys.add("escape", "enter")
-    @keys.add("c-j")
     def _(event: Any) -> None:
         event.current_buffer.insert_text("\n")
 
