@@ -88,7 +88,13 @@ def test_the_wheel_holds_every_source_file_and_nothing_else(wheel: Path) -> None
             wanted |= {
                 (inside / name).as_posix() for name in files if name.endswith((".py", ".json", ".typed"))
             }
-    for name in ("README.md", "adapter.safetensors", "full_attention.json", "lawcat_config.json"):
+    for name in (
+        "README.md",
+        "adapter.safetensors",
+        "full_attention.json",
+        "generation_config.json",
+        "lawcat_config.json",
+    ):
         wanted.add(f"lawcat_edge/{ADAPTER}/{name}")  # and no pictures, no log
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
