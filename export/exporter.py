@@ -63,6 +63,7 @@ def export_bundle(
     rounder_of: RounderOf | None = None,
     progress: Progress | None = None,
     sign_with: Any | None = None,
+    sampling: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write the bundle ``out`` (a folder, replaced as a whole) and return a report.
 
@@ -75,6 +76,8 @@ def export_bundle(
     ranges: (low, high) of what each static product reads, by "layers.3/down" (``calibration.ranges``).
     rounder_of: chooses the codes of a scheme with rounding "gptq" (``calibration.gptq``); without it they are
     rounded to nearest.
+    sampling: temperature, top_k, top_p, min_p, repetition_penalty for generation_config.json; what is left
+    out is as the adapter or else the teacher has it.
     progress: called with (what, done, total). sign_with: a key of ``signature.load_private_key``.
 
     Raises CheckFailed when the bundle is further from the reference than the scheme allows, LawcatError for
@@ -112,7 +115,7 @@ def export_bundle(
         stored = _store(layout, staging, _fingerprint(layout, source), report)
         report("graph", 0, 1)
         nodes = _write_graphs(layout, staging, stored, ops)
-        copy_tokenizer(Path(tokenizer_files), staging)
+        copy_tokenizer(Path(tokenizer_files), staging, getattr(adapter, "generation", None), sampling)
         tokens = token_ids(Path(tokenizer_files))
         graphs = {flavour: graph_files(flavour) for flavour in ops}
         if ort_format:

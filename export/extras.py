@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.runtime.files import read_bytes, read_json, write_json, write_text
+from lawcat_edge.runtime.sampling import sampling_defaults
 from lawcat_edge.runtime.template import ChatTemplate
 from lawcat_edge.runtime.text import MAX_TOKENIZER, load_tokenizer, special_tokens
 
 MAX_TEMPLATE = 1 << 20
 
 
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """tokenizer.json, chat_template.jinja and generation_config.json, the last two where there are any."""
+def copy_tokenizer(
+    source: Path,
+    target: Path,
+    own: Mapping[str, Any] | None = None,
+    given: Mapping[str, Any] | None = None,
+) -> None:
+    """tokenizer.json, chat_template.jinja where there is one, and generation_config.json.
+
+    own, given: how tokens are chosen by the adapter and by the user, see ``sampling_settings``.
+    """
     if not (source / "tokenizer.json").is_file():
         raise LawcatError(f"{source} has no tokenizer.json; save the teacher's fast tokenizer there.")
     # written without the indentation, which makes more than half of it
@@ -30,13 +40,31 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     if template is not None:
         write_text(target / "chat_template.jinja", template)
     tokens = token_ids(source)
-    settings = _optional(source / "generation_config.json")
-    kept = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "do_sample", "max_new_tokens")
-    settings = {key: settings[key] for key in kept if settings.get(key) is not None}
+    settings = sampling_settings(_optional(source / "generation_config.json"), own, given)
     write_json(
         target / "generation_config.json",
         {"bos_token_id": tokens["bos"], "eos_token_id": tokens["eos"], **settings},
     )
+
+
+def sampling_settings(
+    teacher: Mapping[str, Any], own: Mapping[str, Any] | None, given: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """How tokens are chosen where a program says nothing: fields of a generation_config.json.
+
+    own: the adapter's, which take the place of the teacher's, since a student is another model. given: single
+    values of the user's; a temperature also says whether to sample at all. LawcatError for wrong values.
+    """
+    base = own or teacher
+    kept = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "do_sample", "max_new_tokens")
+    settings = {key: base[key] for key in kept if base.get(key) is not None}
+    settings |= given or {}
+    if given and "temperature" in given:
+        settings["do_sample"] = given["temperature"] > 0
+        if not settings["do_sample"]:
+            del settings["temperature"]  # transformers takes none but positive ones
+    sampling_defaults(settings, 0.0)
+    return settings
 
 
 def special_tokens_of(source: Path) -> dict[str, str]:

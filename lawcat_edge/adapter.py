@@ -1,8 +1,12 @@
 """The adapter: all that distillation adds to a teacher, a few MB in a folder.
 
-lawcat_config.json     LawcatConfig, geometry, LoRA rank and alpha, the teacher's name and sha256, training
-adapter.safetensors    conv taps, feature map, gate, omega, LoRA A and B (names in ``LawcatModel``)
-train_log.jsonl        one line per logged step
+lawcat_config.json       LawcatConfig, geometry, LoRA rank and alpha, the teacher's name and sha256, training
+adapter.safetensors      conv taps, feature map, gate, omega, LoRA A and B (names in ``LawcatModel``)
+generation_config.json   how tokens are best chosen; the export takes it over (it need not be there)
+train_log.jsonl          one line per logged step
+
+An adapter is a folder, ``owner/name`` on the hub (see ``runtime.hub``), or the name of one that comes with
+this package.
 """
 
 from __future__ import annotations
@@ -30,11 +34,15 @@ from lawcat_edge.runtime.files import (
     sha256_file,
     write_json,
 )
+from lawcat_edge.runtime.hub import located
 
 if TYPE_CHECKING:
     from lawcat_edge.teacher import Teacher
 
 FORMAT = 1
+INSTALLED = Path(__file__).parent / "adapters"
+GENERAL = "smollm2-135m-general"
+GENERATION_CONFIG = "generation_config.json"
 MAX_BYTES = 1 << 33
 
 
@@ -50,6 +58,7 @@ class Adapter:
     lora: LoraSettings | None = None
     training: dict[str, Any] = field(default_factory=dict)
     sha256: str = ""
+    generation: dict[str, Any] = field(default_factory=dict)  # the content of generation_config.json
 
     def check_teacher(self, teacher: Teacher) -> None:
         if teacher.sha256 != self.teacher_sha256:
@@ -124,13 +133,14 @@ class Adapter:
 
     @classmethod
     def load(cls, folder: str | Path) -> Adapter:
-        folder = Path(folder)
+        folder = adapter_folder(folder)
+        member = functools.partial(member_path, folder, installed=folder.parent == INSTALLED)
         path = folder / "lawcat_config.json"
         if not path.is_file():
             raise LawcatError(
                 f"{folder} is no adapter: it has no lawcat_config.json; make one with lawcat-edge distill."
             )
-        data = read_json(member_path(folder, path.name))
+        data = read_json(member(path.name))
         check = functools.partial(_field, data, path)
         if check("format", int) != FORMAT:
             raise LawcatError(
@@ -141,7 +151,8 @@ class Adapter:
                 raise LawcatError(f"{path}: field {name!r} holds control characters; copy the adapter anew.")
         if not (folder / "adapter.safetensors").exists():
             raise LawcatError(f"{folder} has no adapter.safetensors; copy the whole adapter folder.")
-        file = member_path(folder, "adapter.safetensors")
+        file = member("adapter.safetensors")
+        generation = (folder / GENERATION_CONFIG).exists() and read_json(member(GENERATION_CONFIG))
         lora = data.get("lora")
         empty = cls(
             config=_within(path, "lawcat", LawcatConfig.from_dict, check("lawcat", dict)),
@@ -152,9 +163,18 @@ class Adapter:
             lora=None if lora is None else _within(path, "lora", LoraSettings.from_dict, lora),
             training=check("training", dict),
             sha256=check("tensors_sha256", str),
+            generation=generation if isinstance(generation, dict) else {},
         )
         _within(path, "lawcat", empty.config.check_geometry, empty.geometry)
         return replace(empty, tensors=_read_tensors(file, empty.expected_shapes(), empty.sha256))
+
+
+def adapter_folder(name: str | Path) -> Path:
+    """The folder that the user calls `name`: a path, one that comes with this package, or one of the hub."""
+    installed = INSTALLED / str(name)
+    if not Path(name).exists() and installed.parent == INSTALLED and installed.is_dir():
+        return installed
+    return located(name)
 
 
 def _field(data: Any, path: Path, name: str, kind: type) -> Any:

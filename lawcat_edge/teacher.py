@@ -11,7 +11,6 @@ import contextlib
 import functools
 import hashlib
 import importlib.util
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from lawcat_edge.families import Geometry
 from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.runtime.files import read_bytes, read_json, sha256_file, user_path
+from lawcat_edge.runtime.hub import cache_folder
 from lawcat_edge.weights import INDEX, SafetensorsWeights, check_shapes, weight_files
 
 if TYPE_CHECKING:
@@ -171,18 +171,6 @@ def state_name() -> str:
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
     return "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
-
-
-def cache_folder() -> Path:
-    given = os.environ.get("LAWCAT_EDGE_CACHE")
-    if given:
-        return user_path(given)
-    try:
-        return Path.home() / ".cache" / "lawcat-edge"
-    except RuntimeError:
-        raise LawcatError(
-            "There is no home folder to keep converted teachers in; set LAWCAT_EDGE_CACHE to a folder."
-        ) from None
 
 
 def _from_gguf(file: Path, name: str) -> Teacher:

@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lawcat_edge.runtime import files, signature
+from lawcat_edge.runtime import files, hub, signature
 from lawcat_edge.runtime.errors import CheckFailed, LawcatError
 from lawcat_edge.runtime.onnx_check import MAX_MODEL_BYTES, ModelSummary, check_model
 
@@ -31,7 +31,6 @@ GRAPHS = ("last", "all", "step", "chunk", "genai", "ort_format")
 TOKENIZER = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 TOKENIZER_CONFIG = "tokenizer_config.json"
-GENERATION_CONFIG = "generation_config.json"
 GENERATION_CONFIG = "generation_config.json"
 MAX_STATE_BYTES = 4 << 30
 
@@ -365,13 +364,13 @@ class Bundle:
     def open(
         cls, path: Path | str, check_hashes: bool = True, public_key: Path | str | None = None
     ) -> Bundle:
-        """Open the bundle in folder `path`.
+        """Open the bundle in folder `path`, or of that name on the hub (see ``hub``).
 
         check_hashes: compare every file's sha256 too (sizes, names and tensor positions are always checked).
         public_key: PEM file of the maker's key; the manifest must be signed with it (see ``signature``).
         Raises LawcatError for what is no bundle, CheckFailed for a file that is not as recorded.
         """
-        folder = Path(path)
+        folder = hub.located(path)
         if not folder.is_dir():
             raise LawcatError(f"There is no bundle folder {folder}; make one with `lawcat-edge export`.")
         if not (folder / MANIFEST).exists():

@@ -65,11 +65,12 @@ def check_member_name(name: object) -> str:
     return name
 
 
-def member_path(folder: Path, name: str) -> Path:
+def member_path(folder: Path, name: str, installed: bool = False) -> Path:
     """The path of member `name` of `folder`, checked to be a regular file that lies there.
 
     A symbolic link is followed only if it ends inside the folder; one that leaves it could point anywhere.
     A second hard link would let another name change the file under us.
+    installed: the file came with this package, and some installers link files from a cache of theirs.
     """
     path = folder / check_member_name(name)
     try:
@@ -83,7 +84,7 @@ def member_path(folder: Path, name: str) -> Path:
         raise LawcatError(f"Cannot read {path} ({_reason(error)}); is the folder complete?") from error
     if not stat.S_ISREG(info.st_mode):
         raise LawcatError(f"{path} is not a regular file; copy the bundle again.")
-    if info.st_nlink > 1:
+    if info.st_nlink > 1 and not installed:
         raise LawcatError(f"{path} has a second hard link, so it could change unnoticed; copy the folder.")
     return path
 

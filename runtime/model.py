@@ -90,7 +90,7 @@ class Model:
         chunk: int | None = None,
         public_key: Path | str | None = None,
     ) -> Model:
-        """Open the bundle in folder `path`.
+        """Open the bundle in folder `path`, or of that name on the hub (owner/name).
 
         threads: default, the physical cores. chunk: tokens of a prompt read at once (memory grows with it).
         public_key: PEM file of the key that the bundle must be signed with; default: not asked.

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 from chat_templates import CHATML, CONVERSATIONS
 from exported import make_bundle, make_student
+from tiny_teacher import make_teacher
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, GenerationConfig
 
-from lawcat_edge.export.extras import copy_tokenizer, token_ids
+from lawcat_edge.cli import run
+from lawcat_edge.export.extras import copy_tokenizer, sampling_settings, token_ids
 from lawcat_edge.runtime import LawcatError, Model
-from lawcat_edge.runtime.sampling import sampling_defaults
+from lawcat_edge.runtime.sampling import SamplingOptions, sampling_defaults
 from lawcat_edge.runtime.template import ChatTemplate
 from lawcat_edge.runtime.text import special_tokens
 
@@ -146,3 +148,30 @@ def test_a_bundle_samples_by_default_as_its_teacher_says(tmp_path: Path) -> None
     ours = sampling_defaults(json.loads((tmp_path / "bundle" / "generation_config.json").read_text()), 0.0)
     for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty"):
         assert getattr(ours, name) == getattr(theirs, name)
+
+
+def test_an_adapters_sampling_takes_the_teachers_place_and_the_user_has_the_last_word(tmp_path: Path) -> None:
+    teacher = {"temperature": 0.6, "top_p": 0.95, "do_sample": True}
+    own = {"do_sample": True, "temperature": 0.4, "min_p": 0.1, "repetition_penalty": 1.1, "note": "x"}
+    made = sampling_settings(teacher, own, None)
+    assert made == {key: value for key, value in own.items() if key != "note"}  # no top_p
+    assert sampling_settings(teacher, {}, None) == teacher
+    assert sampling_settings(teacher, own, {"min_p": 0.0})["min_p"] == 0.0
+    warm = sampling_defaults(sampling_settings({}, {}, {"temperature": 0.8}), 0.0)
+    assert (warm.temperature, warm.repetition_penalty) == (0.8, 1.0)
+    greedy = sampling_settings(teacher, own, {"temperature": 0.0})
+    assert sampling_defaults(greedy, 1.0).temperature == 0
+    GenerationConfig(**greedy).validate()
+    for wrong in ({"top_p": 2}, {"min_p": "much"}, {"temperature": -1}):
+        with pytest.raises(LawcatError, match=rf"generation_config\.json: {next(iter(wrong))} must be"):
+            sampling_settings(wrong, None, None)
+
+
+def test_export_writes_the_sampling_that_the_options_ask_for(tmp_path: Path) -> None:
+    teacher = make_teacher(tmp_path / "teacher")
+    out = tmp_path / "bundle"
+    export = ["export", str(teacher), "--scheme", "fp32", "--no-verify", "--out", str(out)]
+    assert run([*export, "--temperature", "0.4", "--min-p", "0.1", "--repetition-penalty", "1.15"]) == 0
+    found = Model.load(out, threads=1).sampling_defaults()
+    assert found == SamplingOptions(temperature=0.4, min_p=0.1, repetition_penalty=1.15)
+    assert run([*export, "--top-p", "3"]) == 2

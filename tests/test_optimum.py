@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from stand_in_hub import stand_in_hub
 from tiny_bundle import build_tiny_bundle
 from transformers import AutoTokenizer, pipeline
 
 from lawcat_edge.integrations import modeling
 from lawcat_edge.integrations.modeling import CACHE, LawcatModelForCausalLM
 from lawcat_edge.integrations.optimum_cli.register_lawcat import REGISTER_COMMANDS, LawcatExportCommand
-from lawcat_edge.runtime import LawcatError, Model
+from lawcat_edge.runtime import Bundle, LawcatError, Model
 
 PROMPTS = ["The sea took a grey light", "Boats"]
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 20, "min_new_tokens": 20}
@@ -129,23 +129,15 @@ def test_saved_and_loaded_again(
         LawcatModelForCausalLM.from_pretrained(tmp_path / "copy", export=True)
 
 
-def test_a_name_that_is_no_folder_is_fetched_from_the_hub(
-    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[tuple[Any, ...]] = []
-
-    def fetch(name: str, *, revision: Any, token: Any, local_dir: Path) -> None:
-        asked.append((name, revision, token))
-        if name == "someone/gone":
-            raise OSError("404 Client Error\nand more")
-        shutil.copytree(bundle, local_dir)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
-    got = LawcatModelForCausalLM.from_pretrained("someone/tiny", revision="v1", cache_dir=tmp_path)
-    assert asked == [("someone/tiny", "v1", None)]
-    assert got.bundle.folder.is_relative_to(tmp_path)
-    with pytest.raises(LawcatError, match=r"hub gave none \(404 Client Error\)"):
-        LawcatModelForCausalLM.from_pretrained("someone/gone", cache_dir=tmp_path)
+def test_a_name_that_is_no_folder_is_fetched_from_the_hub(bundle: Path, tmp_path: Path) -> None:
+    with stand_in_hub() as hub:
+        hub.add("someone/tiny", bundle)
+        commit = hub.commit("someone/tiny")
+        got = LawcatModelForCausalLM.from_pretrained("someone/tiny", revision=commit, cache_dir=tmp_path)
+        assert got.bundle.folder.is_relative_to(tmp_path)
+        assert got.bundle.sha256 == Bundle.open(bundle).sha256
+        with pytest.raises(LawcatError, match="no model of this name"):
+            LawcatModelForCausalLM.from_pretrained("someone/gone", cache_dir=tmp_path)
     assert modeling.LawcatBundleConfig.from_bundle(got.bundle).vocab_size == 260
 
 

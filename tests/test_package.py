@@ -21,6 +21,7 @@ from lawcat_edge.runtime import Bundle
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("lawcat_edge", "export", "runtime", "calibration")
+ADAPTER = "adapters/smollm2-135m-general"
 
 
 def run(*command: str | Path, cwd: Path) -> str:
@@ -51,6 +52,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for room in ROOMS:
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / room, source / room, symlinks=True, ignore=ignored)
+    shutil.copytree(ROOT / ADAPTER, source / ADAPTER)
     # the setuptools that is here if it is new enough, so that the test needs no network
     offline = ("--no-build-isolation", "--no-index") if setuptools_version() >= 77 else ()
     run(sys.executable, "-m", "pip", "wheel", "--no-deps", *offline, "--wheel-dir", base, source, cwd=base)
@@ -86,6 +88,14 @@ def test_the_wheel_holds_every_source_file_and_nothing_else(wheel: Path) -> None
             wanted |= {
                 (inside / name).as_posix() for name in files if name.endswith((".py", ".json", ".typed"))
             }
+    for name in (
+        "README.md",
+        "adapter.safetensors",
+        "full_attention.json",
+        "generation_config.json",
+        "lawcat_config.json",
+    ):
+        wanted.add(f"lawcat_edge/{ADAPTER}/{name}")  # and no pictures, no log
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
         (licence,) = (name for name in archive.namelist() if name.endswith("/LICENSE"))
@@ -128,3 +138,9 @@ def test_the_installed_command_runs(python: Path, tmp_path: Path) -> None:
     assert "lawcat-edge distill smollm2" in run(command, "distill", "--help", cwd=tmp_path)
     recipes = "from lawcat_edge.distill.settings import recipe_names; print(*recipe_names())"
     assert "passkey" in run(python, "-c", recipes, cwd=tmp_path)
+
+
+def test_the_installed_wheel_has_the_adapter_of_the_demo(python: Path, tmp_path: Path) -> None:
+    found = run(python, "-m", "lawcat_edge", "info", "smollm2-135m-general", cwd=tmp_path)
+    assert found.startswith("adapter smollm2-135m-general\n")
+    assert "teacher   smollm2" in found

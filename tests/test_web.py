@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from tiny_bundle import build_tiny_bundle
 
+from lawcat_edge.adapter import GENERAL
 from lawcat_edge.cli import run
-from lawcat_edge.commands.demo import PUBLISHED
 from lawcat_edge.runtime import Model
 from lawcat_edge.runtime.sampling import SamplingOptions
 
@@ -85,12 +85,12 @@ def ask(action: str, **details: Any) -> str:
 def test_same_tokens_for_any_graph_and_seed(built, bundles):
     options: dict[str, Any] = {"max_new_tokens": 40, "ignore_eos": True}
     drawn: dict[str, Any] = {"temperature": 1.5, "top_k": 50, "top_p": 0.9, "min_p": 0.01, "seed": 2**40 + 7}
-    names = {"top_k": "topK", "top_p": "topP", "min_p": "minP"}
+    names = {"top_k": "topK", "top_p": "topP", "min_p": "minP", "repetition_penalty": "repetitionPenalty"}
     in_page: dict[str, Any] = {"maxNewTokens": 40, "ignoreEos": True}
     jobs: list[list[Any]] = []
     expected: list[Any] = []
     for name in PLACES:
-        for sampling in ({}, drawn, {"temperature": 0.8, "seed": 0}):
+        for sampling in ({}, drawn, {"temperature": 0.8, "seed": 0, "repetition_penalty": 1.3}):
             spoken = {names.get(key, key): value for key, value in sampling.items()}
             generate = ask("generate", prompt="Grüße an 世界", options={**in_page, **spoken})
             pieces = "const pieces = []; const result = await "
@@ -217,7 +217,7 @@ def test_a_folder_from_the_disk(built, bundles):
 def test_real_bundle_gives_the_same_tokens(built, tmp_path):
     """SmolLM2-135M with the published adapter, in the graph that the page chooses, against the runner."""
     bundle = tmp_path / "bundle"
-    adapter = str(ROOT / PUBLISHED)
+    adapter = GENERAL
     made = [
         "export",
         "smollm2",

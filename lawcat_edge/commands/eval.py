@@ -59,7 +59,11 @@ def open_model(
 ) -> LanguageModel:
     """MODEL as the command line takes it: a bundle, an adapter folder, or a teacher with or without an
     adapter. window: another one than the adapter was trained with."""
-    folder = Path(name)
+    from lawcat_edge.adapter import GENERAL, adapter_folder
+    from lawcat_edge.runtime.hub import PREFIX
+
+    # A bare owner/name is a teacher's.
+    folder = adapter_folder(name) if name == GENERAL or name.startswith(PREFIX) else Path(name)
     if (folder / "lawcat_bundle.json").is_file():
         if adapter is not None:
             raise LawcatError("A bundle already holds its adapter; leave --adapter out.")

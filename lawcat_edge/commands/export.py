@@ -51,6 +51,24 @@ def export(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a bundle in OUT that is of something else.")
     ] = False,
+    temperature: Annotated[
+        float | None,
+        typer.Option(help="How chat and serve choose tokens; default: as the adapter or teacher."),
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="The same: keep the k most likely (0: all).")] = None,
+    top_p: Annotated[float | None, typer.Option(help="The same: the fewest of this probability.")] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="The same: drop tokens less likely than this times the best.")
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="The same: above 1 discourages repeating.")
+    ] = None,
+    push: Annotated[
+        str | None, typer.Option(help="Then put the bundle on the hub as owner/name, with a model card.")
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="If --push makes a new repository there, a private one.")
+    ] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Write the bundle of TEACHER with an adapter: graphs, weights, tokenizer, manifest.
@@ -70,10 +88,20 @@ def export(
     from lawcat_edge.calibration.ranges import Ranges
     from lawcat_edge.export.exporter import export_bundle
     from lawcat_edge.export.schemes import load_scheme
+    from lawcat_edge.runtime.hub import check_name
+    from lawcat_edge.runtime.sampling import sampling_defaults
     from lawcat_edge.runtime.signature import load_private_key
     from lawcat_edge.teacher import resolve
 
     table = load_scheme(scheme, rounding)  # before the slow steps
+    if push is not None:
+        check_name(push)
+    asked = {
+        "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+    }  # fmt: skip
+    sampling = {name: value for name, value in asked.items() if value is not None}
+    sampling_defaults(sampling, 0.0)
     key = load_private_key(sign) if sign is not None else None
     measured = Ranges.load(ranges) if ranges is not None else None
     if measured is not None and not table.static:
@@ -107,8 +135,13 @@ def export(
             reference=_reference(source, loaded) if verify and loaded is not None else None,
             progress=progress,
             sign_with=key,
+            sampling=sampling,
             **needed,
         )
+    if push is not None:
+        from lawcat_edge.export.push import push as upload
+
+        report["pushed"] = upload(out, push, private)
     if json_:
         print(json.dumps(report))
         return
@@ -121,6 +154,8 @@ def export(
                 f"{flavour} against torch: relative error {parity['rel_err']:.1e}, KL {parity['kl']:.1e}, "
                 f"same best token {parity['top1']:.1%}"
             )
+    if push is not None:
+        print(f"pushed: {report['pushed']}")
 
 
 def _check_replaced(

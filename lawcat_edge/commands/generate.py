@@ -43,7 +43,7 @@ def show_stats(stats: Any, stream: Any = None) -> None:
 
 
 def generate(
-    model: Annotated[str, typer.Argument(help="Bundle folder.")],
+    model: Annotated[str, typer.Argument(help="Bundle folder, or owner/name on the hub.")],
     prompt: Annotated[
         str | None, typer.Option(help="Text to continue, or the question with --chat; - reads it from stdin.")
     ] = None,

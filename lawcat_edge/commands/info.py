@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lawcat_edge.commands.output import dump_json
 from lawcat_edge.runtime.errors import LawcatError
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
 
 def info(
-    model: Annotated[str, typer.Argument(help="Bundle or adapter folder.")],
+    model: Annotated[str, typer.Argument(help="Bundle or adapter: a folder, or owner/name on the hub.")],
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Say what MODEL is, where it comes from, its sizes and the size of its state.
@@ -23,7 +25,9 @@ def info(
 
       lawcat-edge info adapters/general --json
     """
-    folder = Path(model)
+    from lawcat_edge.adapter import adapter_folder
+
+    folder = adapter_folder(model)
     if (folder / "lawcat_bundle.json").exists():
         document = _bundle(folder)
     elif (folder / "lawcat_config.json").exists():

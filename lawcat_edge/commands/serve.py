@@ -12,7 +12,7 @@ from lawcat_edge.runtime.errors import LawcatError
 
 
 def serve(
-    model: Annotated[str, typer.Argument(help="Bundle folder.")],
+    model: Annotated[str, typer.Argument(help="Bundle folder, or owner/name on the hub.")],
     host: Annotated[
         str, typer.Option(help="Address to listen on; the default is this machine only.")
     ] = "127.0.0.1",

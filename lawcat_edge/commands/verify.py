@@ -12,7 +12,7 @@ from lawcat_edge.runtime.errors import CheckFailed
 
 
 def verify(
-    model: Annotated[str, typer.Argument(help="Bundle folder.")],
+    model: Annotated[str, typer.Argument(help="Bundle folder, or owner/name on the hub.")],
     threads: Annotated[int | None, typer.Option(help="Processor threads; default: physical cores.")] = None,
     public_key: Annotated[
         Path | None, typer.Option(help="PEM file: the bundle must be signed with its private key.")

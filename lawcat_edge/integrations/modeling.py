@@ -33,6 +33,7 @@ from lawcat_edge.runtime.bundle import GENERATION_CONFIG, MANIFEST, Bundle
 from lawcat_edge.runtime.engine import Engine, State
 from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.runtime.files import atomic_folder, parse_json
+from lawcat_edge.runtime.hub import fetch
 from lawcat_edge.runtime.signature import SIGNATURE
 from lawcat_edge.teacher import state_name
 
@@ -117,7 +118,7 @@ class LawcatModelForCausalLM(OptimizedModel, GenerationMixin):
         """
         folder = Path(model_id)
         if not folder.is_dir():
-            folder = _download(str(model_id), revision, cache_dir, token)
+            folder = fetch(str(model_id), revision, token, Path(cache_dir) if cache_dir else None)
         return cls._from_pretrained(folder, **options)
 
     @classmethod
@@ -235,26 +236,6 @@ class LawcatModelForCausalLM(OptimizedModel, GenerationMixin):
 
     def get_experts_implementation(self) -> dict[str, str]:
         return {}  # asked by transformers' generation
-
-
-def _download(
-    model_id: str, revision: str | None, cache_dir: str | Path | None, token: str | bool | None
-) -> Path:
-    """Fetch a bundle from the hub as real files: links such as its cache's are refused in a bundle."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.constants import HF_HUB_CACHE
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    name = f"lawcat--{model_id}--{revision or 'main'}".replace("/", "--")
-    folder = Path(cache_dir or HF_HUB_CACHE) / name
-    try:
-        snapshot_download(model_id, revision=revision, token=token, local_dir=folder)
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().split("\n")[0][:200]
-        raise LawcatError(
-            f"There is no bundle folder {model_id}, and the hub gave none ({reason}); check the name."
-        ) from error
-    return folder
 
 
 # Else a pipeline warns that it does not know the model

@@ -1,7 +1,7 @@
 // The pleasant side of a bundle in the browser: load, generate, chat, snapshot; as runtime/model.py.
 import { Bundle, sha256, UserError } from "./bundle.js";
 import { Engine } from "./engine.js";
-import { Sampler } from "./sampling.js";
+import { Sampler, samplingDefaults } from "./sampling.js";
 import { loadSnapshot, saveSnapshot } from "./snapshot.js";
 import { Detokenizer, StopStrings } from "./text.js";
 
@@ -13,6 +13,7 @@ export class Model {
    */
   static async load(libraries, source, { flavour, progress = () => {}, rest = async () => {} } = {}) {
     const model = new Model();
+    model.defaults = samplingDefaults(null);
     model.libraries = libraries;
     model.rest = rest;
     const bundle = (model.bundle = await Bundle.open(source, flavour));
@@ -31,6 +32,9 @@ export class Model {
       model.template = new libraries.Template(await bundle.text("chat_template.jinja"));
     }
     model.engine = await Engine.create(libraries.ort, bundle, count);
+    if (bundle.has("generation_config.json")) {
+      model.defaults = samplingDefaults(JSON.parse(await bundle.text("generation_config.json")));
+    }
     model.eos = new Set(bundle.manifest.tokens.eos);
     model.specialTokens = specialTokens(settings, model.tokenizer, bundle.manifest.tokens);
     model.reset();
@@ -128,6 +132,7 @@ export class Model {
     const { context, engine, rest } = this;
     const { state } = context;
     const sampler = new Sampler(sampling);
+    sampler.observe(context.tokens);
     const detokenizer = new Detokenizer((ids) => this.decode(ids), context.tokens);
     const stops = new StopStrings(stop);
     const read = context.tokens.length - state.position;
@@ -143,6 +148,7 @@ export class Model {
         stopReason = "eos";
       } else {
         context.tokens.push(token);
+        sampler.observe([token]);
         result.tokens.push(token);
         text = stops.push(detokenizer.push(token));
         if (stops.found !== null) stopReason = "stop";

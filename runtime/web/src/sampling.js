@@ -66,12 +66,30 @@ function seedSequence(seed) {
   return [0, 2, 4, 6].map((i) => words[i] | (words[i + 1] << 32n));
 }
 
-const RANGES = { temperature: [0, 100], topP: [0, 1], minP: [0, 1], topK: [0, 1 << 24] };
+const RANGES = {
+  temperature: [0, 100],
+  topP: [0, 1],
+  minP: [0, 1],
+  topK: [0, 1 << 24],
+  repetitionPenalty: [0.01, 100],
+};
+
+/** What the content of a generation_config.json asks for, as runtime/sampling.py reads it. */
+export function samplingDefaults(settings) {
+  const names = { top_k: "topK", top_p: "topP", min_p: "minP", repetition_penalty: "repetitionPenalty" };
+  const sample = settings?.do_sample;
+  const found = { temperature: sample === false ? 0 : (settings?.temperature ?? (sample === true ? 1 : 0)) };
+  for (const [theirs, ours] of Object.entries(names)) {
+    if (settings?.[theirs] != null) found[ours] = Math.max(settings[theirs], 0);
+  }
+  return found;
+}
 
 export class Sampler {
-  /** temperature 0: greedy; topK, topP, minP: as in runtime/sampling.py; seed: a whole number or null. */
-  constructor({ temperature = 0, topK = 0, topP = 1, minP = 0, seed = null } = {}) {
-    this.options = { temperature, topK, topP, minP };
+  /** temperature 0: greedy; topK, topP, minP, repetitionPenalty: as in runtime/sampling.py; seed: a whole number
+   * or null. */
+  constructor({ temperature = 0, topK = 0, topP = 1, minP = 0, repetitionPenalty = 1, seed = null } = {}) {
+    this.options = { temperature, topK, topP, minP, repetitionPenalty };
     for (const [name, [low, high]] of Object.entries(RANGES)) {
       if (!(this.options[name] >= low && this.options[name] <= high)) {
         throw new UserError(`${name} must be a number from ${low} to ${high}.`);
@@ -81,10 +99,21 @@ export class Sampler {
     if (!Number.isSafeInteger(this.seed) || this.seed < 0) throw new UserError("seed must be a whole number.");
     this.generator = new Pcg64(this.seed);
     this.drawn = 0;
+    this.seen = new Set();
+  }
+
+  /** Tell which tokens the text holds; only the repetition penalty uses it. */
+  observe(tokens) {
+    if (this.options.repetitionPenalty !== 1) for (const token of tokens) this.seen.add(token);
   }
 
   /** The token for `position` (number of tokens before it) from logits Float32Array [V]. */
   choose(logits, position) {
+    if (this.seen.size) {
+      const penalty = this.options.repetitionPenalty;
+      logits = Float64Array.from(logits);
+      for (const i of this.seen) logits[i] = logits[i] > 0 ? logits[i] / penalty : logits[i] * penalty;
+    }
     let best = 0;
     for (let i = 1; i < logits.length; i++) if (logits[i] > logits[best]) best = i;
     if (!Number.isFinite(logits[best]) || logits.some(Number.isNaN)) {
