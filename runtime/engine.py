@@ -118,15 +118,18 @@ class Engine:
         """Forget a graph's session, which frees it once no state that ran it is left; loads again on use."""
         self._sessions.pop(kind, None)
 
-    def new_state(self, batch: int = 1, kind: str = "last") -> State:
-        """The state before any token, for the graph ``kind``; one for ``last`` is one for ``all``."""
+    def new_state(self, batch: int = 1, kind: str = "last", capacity: int = 0) -> State:
+        """The state before any token, for the graph ``kind``; one for ``last`` is one for ``all``.
+
+        capacity: of sequences that may be put beside the first `batch`.
+        """
         manifest = self.bundle.manifest
         in_place = self._in_place if kind in _IN_PLACE_KINDS else [False] * len(self._in_place)
         slots = None
         if kind in _FIXED:
             sizes = {item.name: item.shape for item in self._session(kind).get_inputs()}
             slots = {t.buffer: int(sizes[t.input][2]) for t in manifest.state if t.buffer}
-        return State(manifest.state, in_place, batch, manifest.spans, slots)
+        return State(manifest.state, in_place, batch, manifest.spans, slots, capacity)
 
     def forward(self, ids: np.ndarray, state: State, all_positions: bool = False) -> np.ndarray:
         """Feed ids [B,T], any T >= 1, updating `state`; logits float32 [B,V] of the last token, or [B,T,V].
@@ -161,7 +164,7 @@ class Engine:
 
     def _call(self, kind: str, ids: np.ndarray, state: State) -> np.ndarray:
         T = ids.shape[1]
-        key = (kind, T, state.phase)
+        key = (kind, T, state.phase, state.batch)
         call = state.bindings.get(key)
         if call is None:
             call = self._bind(kind, T, state)
@@ -182,13 +185,16 @@ class Engine:
             raise LawcatError(f"A token id is outside the vocabulary of {self.vocab_size}; export it again.")
 
     def prefill(self, tokens: Sequence[int] | np.ndarray, state: State) -> np.ndarray:
-        """Feed the tokens of one sequence in chunks, at flat memory; logits [1,V] of the last one."""
-        ids = np.asarray(tokens, dtype=np.int64)
+        """Feed the tokens [T] of one sequence, or [B,T] of several, in chunks, at flat memory.
+
+        Logits [B,V] of the last ones.
+        """
+        ids = np.atleast_2d(np.asarray(tokens, dtype=np.int64))
         if ids.size == 0:
             raise LawcatError("There is nothing to read: the prompt has no tokens.")
         logits = None
-        for start in range(0, ids.size, self.chunk):
-            logits = self.forward(ids[None, start : start + self.chunk], state)
+        for start in range(0, ids.shape[1], self.chunk):
+            logits = self.forward(ids[:, start : start + self.chunk], state)
         assert logits is not None
         return logits
 
@@ -203,9 +209,11 @@ class Engine:
         extra = state.new_inputs(T, self._frequencies)
         binding = session.io_binding()
         inputs = [("input_ids", ids), *extra.items()]
-        inputs += [(t.input, array) for t, array in zip(state.tensors, state.arrays, strict=True)]
+        # Of arrays with more rows the first ones are bound: those of the sequences.
+        rows = slice(state.batch)
+        inputs += [(t.input, array[rows]) for t, array in zip(state.tensors, state.arrays, strict=True)]
         outputs = [("logits", logits)]
-        outputs += [(t.output, array) for t, array in zip(state.tensors, state.targets, strict=True)]
+        outputs += [(t.output, array[rows]) for t, array in zip(state.tensors, state.targets, strict=True)]
         for name, array in inputs:
             binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
         for name, array in outputs:

@@ -55,7 +55,7 @@ class Options:
     """How to serve. names: under which the model answers (default: the bundle's). See docs/server.md."""
 
     names: tuple[str, ...] = ()
-    parallel: int = 4
+    parallel: int = 8
     queue: int = 16
     states: int = 8
     max_tokens: int = 32768

@@ -21,7 +21,7 @@ def serve(
         list[str] | None,
         typer.Option(help="Name the model answers to; may be repeated. Default: the bundle's."),
     ] = None,
-    parallel: Annotated[int, typer.Option(help="Answers written at the same time.")] = 4,
+    parallel: Annotated[int, typer.Option(help="Answers written at the same time.")] = 8,
     queue: Annotated[int, typer.Option(help="Requests that may wait; further ones get status 429.")] = 16,
     states: Annotated[int, typer.Option(help="States of texts kept for prompts that begin like them.")] = 8,
     max_tokens: Annotated[int, typer.Option(help="Longest answer a request may ask for.")] = 32768,
