@@ -37,7 +37,7 @@ class Ours:
         self.ids = np.random.default_rng(0).integers(100, 40_000, context)
         self.at, self.token = 0, 0
         self.state = self.engine.new_state()
-        self.about = {"state_bytes": self.state.nbytes}
+        self.about = {"state_bytes": self.engine.bundle.manifest.state_bytes(context)}
 
     def warm(self) -> None:
         self.engine.prefill(self.ids[: self.engine.chunk], self.engine.new_state())

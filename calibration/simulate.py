@@ -68,10 +68,13 @@ class _Product(nn.Module):
     def set(self, spec: Product) -> None:
         if spec.offsets:
             spec = spec.fitted(self.exact.shape[1])
-        self.weight, self.spec = rounded_weight(self.exact, spec), spec
+        exact = self.exact
+        if self.turn is not None and not spec.turned:  # its transpose undoes it
+            exact = _blockwise(exact, self.turn.T)
+        self.weight, self.spec = rounded_weight(exact, spec), spec
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.turn is not None:
+        if self.turn is not None and self.spec.turned:
             x = _blockwise(x, self.turn)
         return F.linear(rounded_activation(x, self.spec) if self.reads else x, self.weight, self.bias)
 
