@@ -65,6 +65,7 @@ class Options:
     check_host: bool = True
     allowed_hosts: tuple[str, ...] = ()
     cors: tuple[str, ...] = ()
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         if self.parallel < 1 or self.queue < 0 or self.states < 0:
@@ -225,7 +226,12 @@ class _Service:
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
         options = self.options
         self.worker = Worker(
-            self.model, options.parallel, options.queue, options.states, options.stall_seconds
+            self.model,
+            options.parallel,
+            options.queue,
+            options.states,
+            options.stall_seconds,
+            options.deterministic,
         )
         try:
             yield

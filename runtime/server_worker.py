@@ -140,15 +140,25 @@ class Worker:
     """Runs jobs on `model` in a thread of its own; nothing else may use the model meanwhile.
 
     parallel: jobs written together (each has a state of its own). queue: jobs that may wait for one to end.
-    states: states kept for prompts that begin like an earlier text (0: none).
+    states: states kept for prompts that begin like an earlier text (0: none). deterministic: one job at a
+    time, from the beginning of its text, for where the last bits depend on what is computed together.
     """
 
     def __init__(
-        self, model: Model, parallel: int = 4, queue: int = 16, states: int = 8, stall_seconds: float = 60.0
+        self,
+        model: Model,
+        parallel: int = 8,
+        queue: int = 16,
+        states: int = 8,
+        stall_seconds: float = 60.0,
+        deterministic: bool = False,
     ) -> None:
         assert parallel >= 1
         assert min(queue, states) >= 0
+        if deterministic:
+            parallel, states = 1, 0
         self.model = model
+        self.deterministic = deterministic
         self.parallel = parallel
         self.queue = queue
         self.stall_seconds = stall_seconds
@@ -205,12 +215,18 @@ class Worker:
         while self._admit():
             for job in [job for job in self._running if job.writer is None]:
                 self._begin(job)
-            for advance in self._core.step(lambda writer: self._jobs[writer].has_room):
+            for advance in self._core.step(self._able()):
                 self._tell(advance)
         for job in [*self._running, *self._waiting]:
             self._end(job, Piece("", reason="cancelled"))
         self._running.clear()
         self._waiting.clear()
+
+    def _able(self) -> Callable[[Writer], bool]:
+        """Which texts go on now: those whose readers keep up; of these the oldest alone, if deterministic."""
+        able = [job.writer for job in self._running if job.has_room]
+        chosen = set(able[:1] if self.deterministic else able)
+        return lambda writer: writer in chosen
 
     def _admit(self) -> bool:
         """Wait until there is something to do and let in who may come; False: the worker is closing."""

@@ -39,6 +39,12 @@ def serve(
             help="Host name that may be asked for beside localhost, as by a proxy; may be repeated."
         ),
     ] = None,
+    deterministic: Annotated[
+        bool,
+        typer.Option(
+            "--deterministic", help="One answer at a time, from its beginning: the same to the last bit."
+        ),
+    ] = False,
     threads: Annotated[int | None, typer.Option(help="Processor threads; default: physical cores.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="Say where it listens as one JSON document.")] = False,
 ) -> None:
@@ -70,6 +76,7 @@ def serve(
         max_tokens=max_tokens,
         max_request_bytes=int(max_request_mb * (1 << 20)),
         api_key=api_key,
+        deterministic=deterministic,
         check_host=is_local(host) or bool(allowed_host),
         allowed_hosts=tuple(name.lower().removesuffix(".") for name in allowed_host or ()),
         cors=tuple(origin.strip().removesuffix("/") for origin in cors or ()),
