@@ -99,12 +99,7 @@ class Core:
         if not writers:
             return []
         begin = time.perf_counter()
-        try:
-            logits = self._next(writers)
-        except Exception as error:
-            advances = [Advance(each, error=error) for each in writers]
-        else:
-            advances = [_choose(each, logits[i]) for i, each in enumerate(writers)]
+        advances = [self._write_alone(writers[0])] if len(writers) == 1 else self._write_together(writers)
         seconds = time.perf_counter() - begin
         for advance in advances:
             advance.writer.generation.stats.decode_seconds += seconds
@@ -137,20 +132,58 @@ class Core:
     def _first(writer: Writer, logits: np.ndarray) -> str:
         return writer.choose(logits) if writer.request.max_new_tokens else writer.end("length")
 
-    def _next(self, writers: list[Writer]) -> np.ndarray:
-        """Logits [N,V] after the last token of each."""
-        if len(writers) == 1:
-            (writer,) = writers
+    def _write_together(self, writers: list[Writer]) -> list[Advance]:
+        try:
+            for each in writers:
+                self._catch_up(each)
+            order = self._rows.arrange(writers)
+            ids = np.array([[each.context.tokens[-1]] for each in order], np.int64)
+            logits = self.engine.forward(ids, self._rows.state)
+        except Exception as error:
+            return [Advance(each, error=error) for each in writers]
+        return [_choose(each, logits[i]) for i, each in enumerate(order)]
+
+    def _write_alone(self, writer: Writer) -> Advance:
+        try:
             self._rows.arrange([])
+            if writer.drafter is not None and self.engine.can_try:
+                draft = writer.draft(self.engine.longest_trial)
+                if draft:
+                    return Advance(writer, self._try(writer, draft))
             context = writer.context
             ids = np.asarray(context.tokens[context.fed :], np.int64)[None]
-            return self.engine.forward(ids, context.state)
-        order = self._rows.arrange(writers)
-        ids = np.array([[each.context.tokens[-1]] for each in order], np.int64)
-        logits = self.engine.forward(ids, self._rows.state)
-        if order == writers:
-            return logits
-        return logits[[order.index(each) for each in writers]]
+            return Advance(writer, writer.choose(self.engine.forward(ids, context.state)[0]))
+        except Exception as error:
+            return Advance(writer, error=error)
+
+    def _try(self, writer: Writer, draft: list[int]) -> str:
+        """Read the unread tokens and `draft` in one pass, and choose as long as what is chosen was drafted.
+
+        Every token is chosen from the logits after the tokens before it, with the random number of its
+        position: as without a draft. Where one differs the state stays what it was, and the tokens chosen are
+        read by the next pass, which costs little more for it.
+        """
+        context = writer.context
+        unread = context.tokens[context.fed :].tolist()
+        ids = np.array([unread + draft], np.int64)
+        logits = self.engine.try_tokens(ids, context.state)[len(unread) - 1 :]
+        text, accepted = writer.choose(logits[0]), 0
+        while not writer.done and accepted < len(draft) and context.tokens[-1] == draft[accepted]:
+            accepted += 1
+            text += writer.choose(logits[accepted])
+        if accepted == len(draft):
+            context.state.accept(ids.size)
+        elif writer.done:
+            self._catch_up(writer)
+        writer.report(len(draft), accepted)
+        return text
+
+    def _catch_up(self, writer: Writer) -> None:
+        """Read all but the token chosen last (which an end token is not: it is no part of the text)."""
+        context = writer.context
+        upto = len(context) - (writer.generation.stop_reason != "eos")
+        if context.fed < upto:
+            self.engine.prefill(context.tokens[context.fed : upto], context.state)
 
 
 def _choose(writer: Writer, logits: np.ndarray) -> Advance:

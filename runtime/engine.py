@@ -23,6 +23,8 @@ from lawcat_edge.runtime.processor import physical_cores, saturates
 from lawcat_edge.runtime.state import State, aligned
 
 _CHUNK = 256
+_LONGEST_TRIAL = 64
+_OFTEN = 16  # shorter calls come often enough to keep what they are bound to
 # The portable graph has tensors of every pair of tokens of a call, [B,H,T,T,F]: of 151 MB each at 256 tokens,
 # of 2.4 MB at 32, which is also 2.9 times as fast as 256, and the fastest of 16 to 256 (SmolLM2-135M).
 PORTABLE_CHUNK = 32
@@ -86,6 +88,7 @@ class Engine:
         self.flavour = _choose_flavour(bundle, flavour)
         self._longest = PORTABLE_CHUNK if self.flavour == "portable" else None
         self.chunk = min(chunk, self._longest or chunk)
+        self.longest_trial = min(_LONGEST_TRIAL, self._longest or _LONGEST_TRIAL)
         self._config = session_config or {}
         self._profile_prefix = profile_prefix
         self._sessions: dict[str, Any] = {}
@@ -99,6 +102,7 @@ class Engine:
             )
             for tensor in manifest.state
         ]
+        self._trial_logits: np.ndarray | None = None  # rows that are not used take no memory
         self._frequencies = rotary.inverse_frequencies(manifest.geometry) if manifest.rotary else None
         self._session("last")
         bundle.check_unchanged()
@@ -162,13 +166,30 @@ class Engine:
         state.advance(T)
         return logits
 
-    def _call(self, kind: str, ids: np.ndarray, state: State) -> np.ndarray:
+    @property
+    def can_try(self) -> bool:
+        """Whether there is a graph for ``try_tokens``."""
+        return "all" in self.kinds
+
+    def try_tokens(self, ids: np.ndarray, state: State) -> np.ndarray:
+        """Read ids [1,T] on trial, T <= ``longest_trial``: logits [T,V], which the next trial overwrites.
+
+        ``state.accept(T)`` makes it so; without, the state is what it was.
+        """
+        assert state.batch == 1
+        assert ids.shape[1] <= self.longest_trial
+        self._check_tokens(ids, state)
+        state.make_room(ids.shape[1])
+        return self._call("all", ids, state, trial=True)[0]
+
+    def _call(self, kind: str, ids: np.ndarray, state: State, trial: bool = False) -> np.ndarray:
         T = ids.shape[1]
-        key = (kind, T, state.phase, state.batch)
+        key = (kind, T, state.phase, state.turn, state.batch, trial)
         call = state.bindings.get(key)
         if call is None:
-            call = self._bind(kind, T, state)
-            if kind == "last" and T in (1, self.chunk):  # the lengths that repeat
+            call = self._bind(kind, T, state, trial)
+            # The lengths that repeat.
+            if trial or (kind == "last" and (T <= _OFTEN or self.chunk == T)):
                 state.bindings[key] = call
         call.ids[...] = ids
         state.fill_inputs(call.extra, self._frequencies)
@@ -202,10 +223,15 @@ class Engine:
         """Stop profiling (see profile_prefix) and return the trace's path."""
         return Path(self._sessions["last"].end_profiling())
 
-    def _bind(self, kind: str, T: int, state: State) -> _Call:
+    def _bind(self, kind: str, T: int, state: State, trial: bool = False) -> _Call:
         session = self._session(kind)
         ids = np.zeros((state.batch, T), np.int64)
-        logits = aligned((state.batch, T if kind == "all" else 1, self.vocab_size))
+        if trial:
+            if self._trial_logits is None:
+                self._trial_logits = aligned((1, self.longest_trial, self.vocab_size))
+            logits = self._trial_logits[:, :T]
+        else:
+            logits = aligned((state.batch, T if kind == "all" else 1, self.vocab_size))
         extra = state.new_inputs(T, self._frequencies)
         binding = session.io_binding()
         inputs = [("input_ids", ids), *extra.items()]
@@ -213,7 +239,8 @@ class Engine:
         rows = slice(state.batch)
         inputs += [(t.input, array[rows]) for t, array in zip(state.tensors, state.arrays, strict=True)]
         outputs = [("logits", logits)]
-        outputs += [(t.output, array[rows]) for t, array in zip(state.tensors, state.targets, strict=True)]
+        targets = state.trial_targets if trial else state.targets
+        outputs += [(t.output, array[rows]) for t, array in zip(state.tensors, targets, strict=True)]
         for name, array in inputs:
             binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
         for name, array in outputs:

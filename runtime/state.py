@@ -81,7 +81,8 @@ class State:
             self.arrays.append(aligned(shape))
             self._spare.append(self.arrays[-1] if same else aligned(shape))
         self._cos = self._sin = aligned((0, 0))
-        self.phase = 0
+        self._apart: list[np.ndarray] = []
+        self.phase = self.turn = 0  # which of their two arrays the tensors are in
         self.bindings: dict[Any, Any] = {}
 
     def _slots(self, tensor: StateTensor) -> int:
@@ -105,6 +106,35 @@ class State:
     def targets(self) -> list[np.ndarray]:
         """Where the next step writes (the same arrays where that is safe)."""
         return self._spare
+
+    @property
+    def trial_targets(self) -> list[np.ndarray]:
+        """Where a step writes that may have to be forgotten: nothing that is read again is overwritten.
+
+        What it appends to a buffer counts only once the step is accepted.
+        """
+        if not self._apart:
+            self._apart = [
+                aligned(array.shape) if same and not tensor.buffer else spare
+                for tensor, same, array, spare in zip(
+                    self.tensors, self.in_place, self.arrays, self._spare, strict=True
+                )
+            ]
+        return [
+            apart if same and not tensor.buffer else spare
+            for tensor, same, apart, spare in zip(
+                self.tensors, self.in_place, self._apart, self._spare, strict=True
+            )
+        ]
+
+    def accept(self, tokens: int) -> None:
+        """Become what the last step on trial left, which read so many tokens."""
+        self.advance(tokens)
+        for i, tensor in enumerate(self.tensors):
+            if self.in_place[i] and not tensor.buffer:
+                self.arrays[i], self._apart[i] = self._apart[i], self.arrays[i]
+                self._spare[i] = self.arrays[i]
+        self.turn ^= 1
 
     def advance(self, tokens: int) -> None:
         self.arrays, self._spare = self._spare, self.arrays

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection
 import numpy as np
 
 from lawcat_edge.runtime.context import Context, Generation, Result
+from lawcat_edge.runtime.draft import Drafter
 from lawcat_edge.runtime.request import Request
 from lawcat_edge.runtime.sampling import Choice, Sampler, score
 from lawcat_edge.runtime.stats import peak_memory
@@ -41,6 +42,7 @@ class Writer:
         self.on_read: Callable[[Writer], None] = lambda writer: None
         self.scores: int | None = None
         self.scored: list[Choice] = []
+        self.drafter = Drafter(request.speculate) if request.speculate else None
         self.done = False
         self.began = time.perf_counter()
         self.sampler = Sampler(request.sampling, vocab_size, request.logprobs)
@@ -86,6 +88,22 @@ class Writer:
         elif len(self.generation.tokens) >= self.request.max_new_tokens:
             text += self.end("length")
         return text
+
+    def draft(self, longest: int) -> list[int]:
+        """What may come next, by what the text repeats; often nothing.
+
+        longest: tokens that are read in one pass at most.
+        """
+        assert self.drafter is not None
+        room = min(longest - self.unread, self.request.max_new_tokens - len(self.generation.tokens) - 1)
+        return self.drafter.propose(self.context.tokens, self.unread, room)
+
+    def report(self, drafted: int, accepted: int) -> None:
+        """Tell what became of a draft."""
+        assert self.drafter is not None
+        self.drafter.report(drafted, accepted)
+        self.generation.stats.drafted_tokens += drafted
+        self.generation.stats.accepted_tokens += accepted
 
     def end(self, reason: str) -> str:
         """Nothing more is written, for `reason`; the text that was held back."""
