@@ -30,6 +30,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from lawcat_edge.runtime.bundle import CHAT_TEMPLATE
+from lawcat_edge.runtime.draft import LONGEST_DRAFT
 from lawcat_edge.runtime.errors import BundleFault, LawcatError
 from lawcat_edge.runtime.model import Model
 from lawcat_edge.runtime.server_answer import Answer
@@ -66,6 +67,7 @@ class Options:
     allowed_hosts: tuple[str, ...] = ()
     cors: tuple[str, ...] = ()
     deterministic: bool = False
+    speculate: int = LONGEST_DRAFT
 
     def __post_init__(self) -> None:
         if self.parallel < 1 or self.queue < 0 or self.states < 0:
@@ -232,6 +234,7 @@ class _Service:
             options.states,
             options.stall_seconds,
             options.deterministic,
+            options.speculate,
         )
         try:
             yield

@@ -14,9 +14,10 @@ import traceback
 from array import array
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from lawcat_edge.runtime.core import Advance, Core
+from lawcat_edge.runtime.draft import LONGEST_DRAFT
 from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.runtime.model import Model
 from lawcat_edge.runtime.request import Request
@@ -60,6 +61,7 @@ class Job:
         self.echo = echo
         self.prompt_tokens = sum(len(tokens) for tokens in prompts)
         self.reused_tokens, self.new_tokens = 0, 0
+        self.drafted_tokens, self.accepted_tokens = 0, 0
         self._wake = wake
         self._room = room
         self._lock = threading.Lock()
@@ -142,6 +144,7 @@ class Worker:
     parallel: jobs written together (each has a state of its own). queue: jobs that may wait for one to end.
     states: states kept for prompts that begin like an earlier text (0: none). deterministic: one job at a
     time, from the beginning of its text, for where the last bits depend on what is computed together.
+    speculate: tokens drafted at most, for a job that is written alone (0: none).
     """
 
     def __init__(
@@ -152,6 +155,7 @@ class Worker:
         states: int = 8,
         stall_seconds: float = 60.0,
         deterministic: bool = False,
+        speculate: int = LONGEST_DRAFT,
     ) -> None:
         assert parallel >= 1
         assert min(queue, states) >= 0
@@ -159,6 +163,7 @@ class Worker:
             parallel, states = 1, 0
         self.model = model
         self.deterministic = deterministic
+        self.speculate = speculate
         self.parallel = parallel
         self.queue = queue
         self.stall_seconds = stall_seconds
@@ -256,7 +261,8 @@ class Worker:
 
     def _begin(self, job: Job) -> None:
         """Insert the next text of `job` into the core."""
-        model, request, tokens = self.model, job.request, job.prompts[job.index]
+        model, tokens = self.model, job.prompts[job.index]
+        request = replace(job.request, speculate=self.speculate)
         job.began = job.began or time.monotonic()
         scored = job.echo is not None and request.logprobs is not None
         try:
@@ -301,6 +307,8 @@ class Worker:
             return
         job.new_tokens = job.before + len(generation.tokens)
         if writer.done:
+            job.drafted_tokens += generation.stats.drafted_tokens
+            job.accepted_tokens += generation.stats.accepted_tokens
             self._keep_answer(writer)
         if advance.text or writer.done:
             choices = tuple(generation.choices[job.told :])

@@ -493,6 +493,22 @@ def test_clients_are_written_for_together(model: Model, monkeypatch: pytest.Monk
     assert len(sizes) < 215
 
 
+def test_a_client_alone_is_drafted_for_and_the_usage_tells(folder: Path, model: Model) -> None:
+    prompt = [7, 8, 9] * 20
+    body = json.dumps({"prompt": prompt, "max_tokens": 60, "temperature": 0, "ignore_eos": True}).encode()
+    expected = model.generate(prompt, max_new_tokens=60, ignore_eos=True).result()
+    assert expected.stats.accepted_tokens > 0
+    for speculate in (8, 0):
+        with running(folder, speculate=speculate) as found:
+            _, _, answer = found.raw("POST", "/v1/completions", body)
+        assert answer["choices"][0]["text"] == expected.text
+        details = answer["usage"]["completion_tokens_details"]
+        taken = expected.stats.accepted_tokens if speculate else 0
+        drafted = expected.stats.drafted_tokens if speculate else 0
+        assert details["accepted_prediction_tokens"] == taken
+        assert details["rejected_prediction_tokens"] == drafted - taken
+
+
 def test_one_at_a_time_if_it_must_be_the_same_to_the_last_bit(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lawcat_edge.commands.generate import SPECULATE_HELP, speculation
 from lawcat_edge.runtime.errors import LawcatError
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def chat(
     ] = None,
     repetition_penalty: Annotated[float | None, typer.Option(help="Above 1 discourages repeating.")] = None,
     seed: Annotated[int | None, typer.Option(help="Same seed, same answers.")] = None,
+    speculate: Annotated[str | None, typer.Option(help=SPECULATE_HELP)] = None,
     load_snapshot: Annotated[Path | None, typer.Option(help="Go on with this saved conversation.")] = None,
     threads: Annotated[int | None, typer.Option(help="Processor threads; default: physical cores.")] = None,
 ) -> None:
@@ -56,7 +58,7 @@ def chat(
         "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
         "repetition_penalty": repetition_penalty, "seed": seed,
     }  # fmt: skip
-    chosen = {name: value for name, value in given.items() if value is not None}
+    chosen = {name: value for name, value in given.items() if value is not None} | speculation(speculate)
     options = {"max_new_tokens": max_new_tokens, **asdict(loaded.sampling_defaults()), **chosen}
     print(f"{loaded.bundle.manifest.name}: {HELP}", file=sys.stderr)
     _Conversation(loaded, system, options).run()

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from lawcat_edge.commands.generate import SPECULATE_HELP, speculation
 from lawcat_edge.runtime.errors import LawcatError
 
 
@@ -39,6 +40,7 @@ def serve(
             help="Host name that may be asked for beside localhost, as by a proxy; may be repeated."
         ),
     ] = None,
+    speculate: Annotated[str | None, typer.Option(help=SPECULATE_HELP)] = None,
     deterministic: Annotated[
         bool,
         typer.Option(
@@ -77,6 +79,7 @@ def serve(
         max_request_bytes=int(max_request_mb * (1 << 20)),
         api_key=api_key,
         deterministic=deterministic,
+        **speculation(speculate),
         check_host=is_local(host) or bool(allowed_host),
         allowed_hosts=tuple(name.lower().removesuffix(".") for name in allowed_host or ()),
         cors=tuple(origin.strip().removesuffix("/") for origin in cors or ()),
