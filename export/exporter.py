@@ -214,7 +214,12 @@ def _write_graphs(
     for kind in ("last", "all"):
         model = stitch(layout, tensors, layers, all_positions=kind == "all")
         for flavour in ops:
-            variant = model if flavour == "ort" else rewrite(model, flavour, tensors)
+            if flavour != "ort":
+                variant = rewrite(model, flavour, tensors)
+            elif kind == "last":
+                variant = stitch(layout, tensors, layers, all_positions=False, choosable=True)
+            else:
+                variant = model
             ir.save(variant, folder / graph_files(flavour)[kind])
             nodes = sum((node.name or "").startswith("layers.") for node in variant.graph)
             counts[flavour] = round(nodes / layout.geometry.num_layers, 2)

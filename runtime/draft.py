@@ -17,10 +17,10 @@ MOST_DRAFTED = 32
 _REACH = 1 << 16  # tokens before the end that are looked at
 _LEAST_MATCH, _MOST_MATCH = 3, 16
 _MOST_UNREAD = 4
-# In steps of one token, measured: reading a token more in a pass, and a pass on trial beside a plain one.
-_TOKEN, _TRIAL = 0.11, 0.05
+# In steps of one token: reading a token more in a pass, and a pass on trial beside a plain one.
+_TOKEN, _TRIAL = 0.15, 0.1
 # What drafts may cost a text in which nothing repeats: so much at once, and this share of its steps.
-_AT_ONCE, _SHARE = 1.0, 0.02
+_AT_ONCE, _SHARE = 0.8, 0.02
 _MOST_SAVED = 3.0
 
 

@@ -24,6 +24,7 @@ from lawcat_edge.runtime.state import State, aligned
 
 _CHUNK = 256
 _LONGEST_TRIAL = 64
+_CHOICE = "logits_at"  # of graphs that give the logits of other positions than the last, if asked
 _OFTEN = 16  # shorter calls come often enough to keep what they are bound to
 # The portable graph has tensors of every pair of tokens of a call, [B,H,T,T,F]: of 151 MB each at 256 tokens,
 # of 2.4 MB at 32, which is also 2.9 times as fast as 256, and the fastest of 16 to 256 (SmolLM2-135M).
@@ -54,9 +55,11 @@ class _Call:
         ids: np.ndarray,
         logits: np.ndarray,
         extra: dict[str, np.ndarray],
+        choice: dict[str, np.ndarray],
     ) -> None:
         self.session, self.binding = session, binding
         self.ids, self.logits, self.extra = ids, logits, extra
+        self.choice = choice  # bound, and kept for that
 
 
 class Engine:
@@ -104,7 +107,8 @@ class Engine:
         ]
         self._trial_logits: np.ndarray | None = None  # rows that are not used take no memory
         self._frequencies = rotary.inverse_frequencies(manifest.geometry) if manifest.rotary else None
-        self._session("last")
+        chosen = {item.name for item in self._session("last").get_overridable_initializers()}
+        self._choosable = _CHOICE in chosen
         bundle.check_unchanged()
 
     @property
@@ -169,7 +173,7 @@ class Engine:
     @property
     def can_try(self) -> bool:
         """Whether there is a graph for ``try_tokens``."""
-        return "all" in self.kinds
+        return self._choosable or "all" in self.kinds
 
     def try_tokens(self, ids: np.ndarray, state: State) -> np.ndarray:
         """Read ids [1,T] on trial, T <= ``longest_trial``: logits [T,V], which the next trial overwrites.
@@ -180,7 +184,8 @@ class Engine:
         assert ids.shape[1] <= self.longest_trial
         self._check_tokens(ids, state)
         state.make_room(ids.shape[1])
-        return self._call("all", ids, state, trial=True)[0]
+        # A second session has weights of its own, and takes its time to open.
+        return self._call("last" if self._choosable else "all", ids, state, trial=True)[0]
 
     def _call(self, kind: str, ids: np.ndarray, state: State, trial: bool = False) -> np.ndarray:
         T = ids.shape[1]
@@ -226,15 +231,18 @@ class Engine:
     def _bind(self, kind: str, T: int, state: State, trial: bool = False) -> _Call:
         session = self._session(kind)
         ids = np.zeros((state.batch, T), np.int64)
+        choice: dict[str, np.ndarray] = {}
         if trial:
             if self._trial_logits is None:
                 self._trial_logits = aligned((1, self.longest_trial, self.vocab_size))
             logits = self._trial_logits[:, :T]
+            if kind == "last":
+                choice[_CHOICE] = np.arange(T)
         else:
             logits = aligned((state.batch, T if kind == "all" else 1, self.vocab_size))
         extra = state.new_inputs(T, self._frequencies)
         binding = session.io_binding()
-        inputs = [("input_ids", ids), *extra.items()]
+        inputs = [("input_ids", ids), *extra.items(), *choice.items()]
         # Of arrays with more rows the first ones are bound: those of the sequences.
         rows = slice(state.batch)
         inputs += [(t.input, array[rows]) for t, array in zip(state.tensors, state.arrays, strict=True)]
@@ -245,7 +253,7 @@ class Engine:
             binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
         for name, array in outputs:
             binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-        return _Call(session, binding, ids, logits, extra)
+        return _Call(session, binding, ids, logits, extra, choice)
 
     def _session(self, kind: str) -> Any:
         if kind in self._sessions:
