@@ -211,12 +211,14 @@ def _write_graphs(
     kinds = {layout.config.full_attention(i) for i in range(layout.geometry.num_layers)}
     layers = {full: trace_layer(layout.geometry, layout.config, full) for full in kinds}
     counts = {}
+    own_graph = genai.needs_own_graph(layout.config)
     for kind in ("last", "all"):
         model = stitch(layout, tensors, layers, all_positions=kind == "all")
         for flavour in ops:
             if flavour != "ort":
                 variant = rewrite(model, flavour, tensors)
-            elif kind == "last":
+            elif kind == "last" and (own_graph or genai_flavour(ops) != "ort"):
+                # Not where onnxruntime-genai reads this graph: it takes logits of a free number for all.
                 variant = stitch(layout, tensors, layers, all_positions=False, choosable=True)
             else:
                 variant = model
@@ -227,7 +229,7 @@ def _write_graphs(
             for name, tokens in (("step", 1), ("chunk", CHUNK)):
                 fixed = fixed_sizes(layout.geometry, layout.config, tokens)
                 ir.save(rewrite(model, "portable", tensors, fixed), folder / graph_files("portable")[name])
-    if genai.needs_own_graph(layout.config):
+    if own_graph:
         best = genai_flavour(ops)
         interface = genai.GenaiInterface(layout, best)
         model = stitch(layout, tensors, layers, all_positions=False, interface=interface)
