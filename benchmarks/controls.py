@@ -68,6 +68,11 @@ def window_only(
 def settings_of(variant: str, args: argparse.Namespace) -> DistillSettings:
     common: dict[str, Any] = {
         "full_attention": "14,17,20,23",
+        "window_scaling": "max_score",
+        "lr_lora": 2e-4,
+        "lr_new": 5e-4,
+        "batch_size": 8,
+        "grad_accumulation": 1,
         "transfer_tokens": args.transfer_tokens,
         "finetune_tokens": args.finetune_tokens,
         "task_mix": args.task_mix,

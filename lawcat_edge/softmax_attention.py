@@ -85,7 +85,9 @@ class SoftmaxAttention(nn.Module):
         rotary: tables at the tokens' positions, for a text that starts here (without a state, and none is
         returned). With a state, stored keys and new ones are rotated at local positions.
         """
-        limit = min(filter(None, (span, self.geometry.sliding_window)), default=None)
+        limit = self.geometry.sliding_window
+        if span is not None and (limit is None or span < limit):
+            limit = span
         if state is None:
             return self._attend_from_start(q, k, v, rotary, limit), None
         T, n = q.shape[1], state.key.shape[2]

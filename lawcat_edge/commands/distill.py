@@ -31,6 +31,9 @@ def distill(
     batch_size: Annotated[int | None, typer.Option(help="Sequences a process takes at once.")] = None,
     grad_accumulation: Annotated[int | None, typer.Option(help="Batches summed before a step.")] = None,
     window: Annotated[int | None, typer.Option(help="Tokens of softmax attention mixed in; 0: none.")] = None,
+    window_scaling: Annotated[
+        str | None, typer.Option(help="How the window is mixed in: softmax or max_score.")
+    ] = None,
     full_attention: Annotated[
         str | None,
         typer.Option(help="Layers that keep softmax attention: auto:4, every:7, 14,17,20,23, or none."),

@@ -55,6 +55,7 @@ class DistillSettings:
     answer_weight: weight of answer tokens of generated tasks, in KL and cross-entropy (other tokens count 1).
     full_attention: layers that keep softmax attention: ``none``, numbers (``14,17,20,23``), ``every:7``, or
         ``auto:4``, the four that help a pure student most (``lawcat_edge.distill.full_attention``).
+    window_scaling: as in LawcatConfig; the default was the better of the two (docs/hybrid.md).
     span: tokens that these see; 0: the teacher's range. ranking_tokens: text that ``auto`` reads.
     lora_targets: ``all-linear``, or projections by name, as peft's target_modules.
     teacher_tokens: how much text to sample from the teacher when task_mix names ``teacher``.
@@ -87,7 +88,7 @@ class DistillSettings:
     feature_dim: int = 0
     conv_kernel: int = 4
     window: int = 0
-    window_scaling: str = "max_score"
+    window_scaling: str = "softmax"
     full_attention: str = "none"
     span: int = 0
     ranking_tokens: int = 4096

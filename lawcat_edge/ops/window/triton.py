@@ -27,6 +27,7 @@ from lawcat_edge.ops.gla.triton import products
 from lawcat_edge.ops.gla.triton_kernels import interpreted, mm
 
 TILE = 64  # queries and keys of a tile
+WIDE_TILE = 32  # where heads are wider than 64 and products split: operands of two tiles fill shared memory
 
 
 @triton.jit
@@ -186,9 +187,10 @@ class _Window(torch.autograd.Function):
         N = torch.empty_like(q)
         Z, top = (torch.empty(B, T, H, dtype=torch.float32, device=q.device) for _ in range(2))
         argtop = torch.empty(B, T, H, dtype=torch.int32, device=q.device)
-        tile = (H // G, D, TILE, TILE, max(16, triton.next_power_of_2(D)), mode)
+        rows = WIDE_TILE if D > 64 and mode != "bf16" else TILE
+        tile = (H // G, D, rows, rows, max(16, triton.next_power_of_2(D)), mode)
         with torch.cuda.device_of(q):
-            forward_kernel[(triton.cdiv(T, TILE), B * H)](
+            forward_kernel[(triton.cdiv(T, rows), B * H)](
                 q, k, v, N, Z, top, argtop, T, window, D**-0.5, H, *tile, num_warps=4
             )
         ctx.save_for_backward(q, k, v, N, Z, top, argtop)
@@ -207,7 +209,7 @@ class _Window(torch.autograd.Function):
         shared = (q, k, v, Z, top, argtop, dN, dZ, delta)
         rest = (T, ctx.window, D**-0.5)
         with torch.cuda.device_of(q):
-            tiles = triton.cdiv(T, TILE)
+            tiles = triton.cdiv(T, ctx.tile[2])
             dq_kernel[(tiles, B * H)](*shared, dq, *rest, H, *ctx.tile, num_warps=4)
             dkv_kernel[(tiles, B * G)](*shared, dk, dv, *rest, G, *ctx.tile, num_warps=4)
         return dq, dk, dv, None
