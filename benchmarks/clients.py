@@ -2,7 +2,7 @@
 
     python benchmarks/clients.py BUNDLE [--clients 1,2,4,8] [--tokens 128] [--prompt-tokens 128] [--threads 2]
 
-Every client streams its answers over a connection of its own. The numbers of clients take turns, `--rounds`
+Speculation is off: it would make the one alone faster. Every client streams its answers over a connection of its own. The numbers of clients take turns, `--rounds`
 times, so that all see the same machine; what is given is the best round. The last line is JSON.
 """
 
@@ -85,7 +85,7 @@ def main() -> None:
     options = parser.parse_args()
     command = [
         sys.executable, "-m", "lawcat_edge", "serve", options.bundle, "--port", "0", "--json",
-        "--threads", str(options.threads), "--states", "0", "--parallel", "64",
+        "--threads", str(options.threads), "--states", "0", "--parallel", "64", "--speculate", "off",
     ]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
