@@ -24,8 +24,13 @@ class GraphBuilder:
         self.inputs: list[ir.Value] = []
         self.outputs: list[ir.Value] = []
 
-    def input(self, name: str, dtype: ir.DataType, shape: Sequence[int | str]) -> ir.Value:
+    def input(
+        self, name: str, dtype: ir.DataType, shape: Sequence[int | str], default: np.ndarray | None = None
+    ) -> ir.Value:
         value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
+        if default is not None:  # an initialiser that is an input too: a caller may leave it out
+            value.const_value = ir.Tensor(default, name=name)
+            self._initializers[name] = value
         self.inputs.append(value)
         return value
 

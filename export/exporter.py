@@ -214,10 +214,17 @@ def _write_graphs(
     kinds = {layout.config.full_attention(i) for i in range(layout.geometry.num_layers)}
     layers = {full: trace_layer(layout.geometry, layout.config, full) for full in kinds}
     counts = {}
+    own_graph = genai.needs_own_graph(layout.config)
     for kind in ("last", "all"):
         model = stitch(layout, tensors, layers, all_positions=kind == "all")
         for flavour in ops:
-            variant = model if flavour == "ort" else rewrite(model, flavour, tensors)
+            if flavour != "ort":
+                variant = rewrite(model, flavour, tensors)
+            elif kind == "last" and (own_graph or genai_flavour(ops) != "ort"):
+                # Not where onnxruntime-genai reads this graph: it takes logits of a free number for all.
+                variant = stitch(layout, tensors, layers, all_positions=False, choosable=True)
+            else:
+                variant = model
             ir.save(variant, folder / graph_files(flavour)[kind])
             nodes = sum((node.name or "").startswith("layers.") for node in variant.graph)
             counts[flavour] = round(nodes / layout.geometry.num_layers, 2)
@@ -225,7 +232,7 @@ def _write_graphs(
             for name, tokens in (("step", 1), ("chunk", CHUNK)):
                 fixed = fixed_sizes(layout.geometry, layout.config, tokens)
                 ir.save(rewrite(model, "portable", tensors, fixed), folder / graph_files("portable")[name])
-    if genai.needs_own_graph(layout.config):
+    if own_graph:
         best = genai_flavour(ops)
         interface = genai.GenaiInterface(layout, best)
         model = stitch(layout, tensors, layers, all_positions=False, interface=interface)

@@ -22,9 +22,12 @@ def stitch(
     layers: Mapping[bool, Template],
     all_positions: bool,
     interface: Interface | None = None,
+    choosable: bool = False,
 ) -> ir.Model:
     """The whole graph; logits of the last position only, or of all.
 
+    choosable: logits of the last position unless the input ``logits_at``, int64 [P], names others; it has
+    that default, so that a caller need not know of it.
     layers: the template of full-attention layers (True) and of the others.
     """
     geometry = layout.geometry
@@ -53,13 +56,15 @@ def stitch(
         x, h, *after = instantiate(g, template, own, layout, i)
         present += after
     if not all_positions:
-        h = g.node("Gather", [h, g.constant(np.array([-1], np.int64))], "last", axis=1)
+        default = np.array([-1], np.int64)
+        at = g.input("logits_at", ir.DataType.INT64, ["P"], default) if choosable else g.constant(default)
+        h = g.node("Gather", [h, at], "last", axis=1)
     if layout.head_transform:
         h = g.node("MatMul", [h, g.stored("head_transform")], "head_transform/product")
     head = "embedding" if layout.shared_table else "head"
     logits = products.emit(g, layout.spec("head"), head, h, V, D, None, "head")
 
-    g.output(logits, "logits", ["B", "T" if all_positions else 1, V])
+    g.output(logits, "logits", ["B", "T" if all_positions else "P" if choosable else 1, V])
     interface.end(g, present)
     return g.model({"": OPSET, "com.microsoft": 1})
 

@@ -23,6 +23,9 @@ from lawcat_edge.runtime.processor import physical_cores, saturates
 from lawcat_edge.runtime.state import State, aligned
 
 _CHUNK = 256
+_LONGEST_TRIAL = 64
+_CHOICE = "logits_at"  # of graphs that give the logits of other positions than the last, if asked
+_OFTEN = 16  # shorter calls come often enough to keep what they are bound to
 # The portable graph has tensors of every pair of tokens of a call, [B,H,T,T,F]: of 151 MB each at 256 tokens,
 # of 2.4 MB at 32, which is also 2.9 times as fast as 256, and the fastest of 16 to 256 (SmolLM2-135M).
 PORTABLE_CHUNK = 32
@@ -52,9 +55,11 @@ class _Call:
         ids: np.ndarray,
         logits: np.ndarray,
         extra: dict[str, np.ndarray],
+        choice: dict[str, np.ndarray],
     ) -> None:
         self.session, self.binding = session, binding
         self.ids, self.logits, self.extra = ids, logits, extra
+        self.choice = choice  # bound, and kept for that
 
 
 class Engine:
@@ -86,6 +91,7 @@ class Engine:
         self.flavour = _choose_flavour(bundle, flavour)
         self._longest = PORTABLE_CHUNK if self.flavour == "portable" else None
         self.chunk = min(chunk, self._longest or chunk)
+        self.longest_trial = min(_LONGEST_TRIAL, self._longest or _LONGEST_TRIAL)
         self._config = session_config or {}
         self._profile_prefix = profile_prefix
         self._sessions: dict[str, Any] = {}
@@ -99,8 +105,10 @@ class Engine:
             )
             for tensor in manifest.state
         ]
+        self._trial_logits: np.ndarray | None = None  # rows that are not used take no memory
         self._frequencies = rotary.inverse_frequencies(manifest.geometry) if manifest.rotary else None
-        self._session("last")
+        chosen = {item.name for item in self._session("last").get_overridable_initializers()}
+        self._choosable = _CHOICE in chosen
         bundle.check_unchanged()
 
     @property
@@ -118,15 +126,18 @@ class Engine:
         """Forget a graph's session, which frees it once no state that ran it is left; loads again on use."""
         self._sessions.pop(kind, None)
 
-    def new_state(self, batch: int = 1, kind: str = "last") -> State:
-        """The state before any token, for the graph ``kind``; one for ``last`` is one for ``all``."""
+    def new_state(self, batch: int = 1, kind: str = "last", capacity: int = 0) -> State:
+        """The state before any token, for the graph ``kind``; one for ``last`` is one for ``all``.
+
+        capacity: of sequences that may be put beside the first `batch`.
+        """
         manifest = self.bundle.manifest
         in_place = self._in_place if kind in _IN_PLACE_KINDS else [False] * len(self._in_place)
         slots = None
         if kind in _FIXED:
             sizes = {item.name: item.shape for item in self._session(kind).get_inputs()}
             slots = {t.buffer: int(sizes[t.input][2]) for t in manifest.state if t.buffer}
-        return State(manifest.state, in_place, batch, manifest.spans, slots)
+        return State(manifest.state, in_place, batch, manifest.spans, slots, capacity)
 
     def forward(self, ids: np.ndarray, state: State, all_positions: bool = False) -> np.ndarray:
         """Feed ids [B,T], any T >= 1, updating `state`; logits float32 [B,V] of the last token, or [B,T,V].
@@ -159,13 +170,31 @@ class Engine:
         state.advance(T)
         return logits
 
-    def _call(self, kind: str, ids: np.ndarray, state: State) -> np.ndarray:
+    @property
+    def can_try(self) -> bool:
+        """Whether there is a graph for ``try_tokens``."""
+        return self._choosable or "all" in self.kinds
+
+    def try_tokens(self, ids: np.ndarray, state: State) -> np.ndarray:
+        """Read ids [1,T] on trial, T <= ``longest_trial``: logits [T,V], which the next trial overwrites.
+
+        ``state.accept(T)`` makes it so; without, the state is what it was.
+        """
+        assert state.batch == 1
+        assert ids.shape[1] <= self.longest_trial
+        self._check_tokens(ids, state)
+        state.make_room(ids.shape[1])
+        # A second session has weights of its own, and takes its time to open.
+        return self._call("last" if self._choosable else "all", ids, state, trial=True)[0]
+
+    def _call(self, kind: str, ids: np.ndarray, state: State, trial: bool = False) -> np.ndarray:
         T = ids.shape[1]
-        key = (kind, T, state.phase)
+        key = (kind, T, state.phase, state.turn, state.batch, trial)
         call = state.bindings.get(key)
         if call is None:
-            call = self._bind(kind, T, state)
-            if kind == "last" and T in (1, self.chunk):  # the lengths that repeat
+            call = self._bind(kind, T, state, trial)
+            # The lengths that repeat.
+            if trial or (kind == "last" and (T <= _OFTEN or self.chunk == T)):
                 state.bindings[key] = call
         call.ids[...] = ids
         state.fill_inputs(call.extra, self._frequencies)
@@ -182,13 +211,16 @@ class Engine:
             raise LawcatError(f"A token id is outside the vocabulary of {self.vocab_size}; export it again.")
 
     def prefill(self, tokens: Sequence[int] | np.ndarray, state: State) -> np.ndarray:
-        """Feed the tokens of one sequence in chunks, at flat memory; logits [1,V] of the last one."""
-        ids = np.asarray(tokens, dtype=np.int64)
+        """Feed the tokens [T] of one sequence, or [B,T] of several, in chunks, at flat memory.
+
+        Logits [B,V] of the last ones.
+        """
+        ids = np.atleast_2d(np.asarray(tokens, dtype=np.int64))
         if ids.size == 0:
             raise LawcatError("There is nothing to read: the prompt has no tokens.")
         logits = None
-        for start in range(0, ids.size, self.chunk):
-            logits = self.forward(ids[None, start : start + self.chunk], state)
+        for start in range(0, ids.shape[1], self.chunk):
+            logits = self.forward(ids[:, start : start + self.chunk], state)
         assert logits is not None
         return logits
 
@@ -196,21 +228,32 @@ class Engine:
         """Stop profiling (see profile_prefix) and return the trace's path."""
         return Path(self._sessions["last"].end_profiling())
 
-    def _bind(self, kind: str, T: int, state: State) -> _Call:
+    def _bind(self, kind: str, T: int, state: State, trial: bool = False) -> _Call:
         session = self._session(kind)
         ids = np.zeros((state.batch, T), np.int64)
-        logits = aligned((state.batch, T if kind == "all" else 1, self.vocab_size))
+        choice: dict[str, np.ndarray] = {}
+        if trial:
+            if self._trial_logits is None:
+                self._trial_logits = aligned((1, self.longest_trial, self.vocab_size))
+            logits = self._trial_logits[:, :T]
+            if kind == "last":
+                choice[_CHOICE] = np.arange(T)
+        else:
+            logits = aligned((state.batch, T if kind == "all" else 1, self.vocab_size))
         extra = state.new_inputs(T, self._frequencies)
         binding = session.io_binding()
-        inputs = [("input_ids", ids), *extra.items()]
-        inputs += [(t.input, array) for t, array in zip(state.tensors, state.arrays, strict=True)]
+        inputs = [("input_ids", ids), *extra.items(), *choice.items()]
+        # Of arrays with more rows the first ones are bound: those of the sequences.
+        rows = slice(state.batch)
+        inputs += [(t.input, array[rows]) for t, array in zip(state.tensors, state.arrays, strict=True)]
         outputs = [("logits", logits)]
-        outputs += [(t.output, array) for t, array in zip(state.tensors, state.targets, strict=True)]
+        targets = state.trial_targets if trial else state.targets
+        outputs += [(t.output, array[rows]) for t, array in zip(state.tensors, targets, strict=True)]
         for name, array in inputs:
             binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
         for name, array in outputs:
             binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-        return _Call(session, binding, ids, logits, extra)
+        return _Call(session, binding, ids, logits, extra, choice)
 
     def _session(self, kind: str) -> Any:
         if kind in self._sessions:

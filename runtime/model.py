@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lawcat_edge.runtime import batch, files
+from lawcat_edge.runtime import files
 from lawcat_edge.runtime.bundle import (
     CHAT_TEMPLATE,
     GENERATION_CONFIG,
@@ -19,48 +17,17 @@ from lawcat_edge.runtime.bundle import (
     Bundle,
 )
 from lawcat_edge.runtime.context import Context, Generation, Mark, Result
+from lawcat_edge.runtime.core import Core
 from lawcat_edge.runtime.engine import Engine
 from lawcat_edge.runtime.errors import LawcatError
-from lawcat_edge.runtime.sampling import Sampler, SamplingOptions, sampling_defaults
+from lawcat_edge.runtime.request import Request
+from lawcat_edge.runtime.sampling import SamplingOptions, sampling_defaults
 from lawcat_edge.runtime.snapshot import Snapshot
-from lawcat_edge.runtime.stats import peak_memory
 from lawcat_edge.runtime.template import ChatTemplate, Message, check_messages
-from lawcat_edge.runtime.text import Detokenizer, StopStrings, Tokenizer, special_tokens
+from lawcat_edge.runtime.text import Tokenizer, special_tokens
+from lawcat_edge.runtime.writer import Writer
 
 Prompt = str | Sequence[int]
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to generate: sampling, length, where to stop, what to record. See ``Model.generate``."""
-
-    sampling: SamplingOptions
-    max_new_tokens: int
-    stop: tuple[str, ...]
-    logprobs: int | None
-    ignore_eos: bool
-    record_end: bool = False  # the end token too has its log-probability recorded
-
-    @classmethod
-    def of(
-        cls,
-        max_new_tokens: int = 256,
-        stop: Sequence[str] | str = (),
-        logprobs: int | None = None,
-        ignore_eos: bool = False,
-        sampling: SamplingOptions | None = None,
-        **options: Any,
-    ) -> Request:
-        """Options by name: those above, and the fields of SamplingOptions (or one, as `sampling`)."""
-        if type(max_new_tokens) is not int or not 0 <= max_new_tokens <= 1 << 30:
-            raise LawcatError(f"max_new_tokens must be a whole number of at least 0, not {max_new_tokens!r}.")
-        unknown = sorted(set(options) - set(SamplingOptions.__dataclass_fields__))
-        if unknown:
-            known = ", ".join(["max_new_tokens", "stop", "logprobs", *SamplingOptions.__dataclass_fields__])
-            raise LawcatError(f"There is no option {unknown[0]!r}; known are {known}.")
-        stops = (stop,) if isinstance(stop, str) else tuple(stop)
-        StopStrings(stops)  # refuses bad ones now, not at the first token
-        return cls(sampling or SamplingOptions(**options), max_new_tokens, stops, logprobs, ignore_eos)
 
 
 class Model:
@@ -193,7 +160,20 @@ class Model:
             raise LawcatError(f"There are {len(prompts)} prompts and {len(sampling)} sampling options.")
         each = sampling if sampling is not None else [None] * len(prompts)
         requests = [Request.of(**{**options, "sampling": one}) for one in each]
-        return batch.run(self, prompts, requests)
+        core, writers = Core(self.engine, capacity=max(1, len(prompts)), keep=False), []
+        for prompt, request in zip(prompts, requests, strict=True):
+            context = self.new_context()
+            self._append(context, prompt)
+            writers.append(self.writer(request, context))
+            core.insert(writers[-1])
+        texts: dict[Writer, list[str]] = {writer: [] for writer in writers}
+        # All prompts first: a pass then writes for as many as there are.
+        while advances := core.read() or core.write():
+            for advance in advances:
+                if advance.error is not None:
+                    raise advance.error
+                texts[advance.writer].append(advance.text)
+        return [writer.result("".join(texts[writer])) for writer in writers]
 
     def snapshot(self, path: Path | str | None = None, context: Context | None = None) -> Snapshot:
         """The state of the last text (or `context`), written to the file `path` if one is given."""
@@ -284,90 +264,43 @@ class Model:
 
     def _feed(self, context: Context, upto: int) -> np.ndarray | None:
         """Run the tokens before `upto` that were not run yet, in chunks; logits [1,V] of the last, if any."""
-        logits = None
-        while context.fed < upto:
-            piece = context.tokens[context.fed : min(upto, context.fed + self.engine.chunk)]
-            logits = self.engine.forward(np.asarray(piece, np.int64)[None], context.state)
-        return logits
+        if context.fed >= upto:
+            return None
+        return self.engine.prefill(context.tokens[context.fed : upto], context.state)
+
+    def writer(
+        self,
+        request: Request,
+        context: Context,
+        generation: Generation | None = None,
+        logits: np.ndarray | None = None,
+    ) -> Writer:
+        """A sequence for the decoding core, which goes on from `context`. logits: see ``Writer``."""
+        generation = generation or Generation(_nothing, request.logprobs is not None)
+        return Writer(request, context, generation, self.tokenizer, self.engine.vocab_size, self.eos, logits)
 
     def _stream(
         self, generation: Generation, context: Context, request: Request
     ) -> Generator[str, None, None]:
-        stats = generation.stats
-        stats.state_bytes = context.state.nbytes
-        stats.prompt_tokens = len(context) - context.fed
-        begin = time.perf_counter()
-        writer = Writer(self, request, context, generation)
-        stats.seed = writer.sampler.seed
+        core, writer = Core(self.engine), self.writer(request, context, generation)
         try:
             if request.max_new_tokens == 0:
                 self._feed(context, len(context) - 1)
-                generation.stop_reason = "length"
+                writer.end("length")
                 return
-            logits = self._feed(context, len(context))
-            if logits is None:
-                raise LawcatError("There is nothing to go on from; give a prompt.")
-            first = stats.prefill_seconds = time.perf_counter() - begin
-            while True:
-                text = writer.choose(logits[0])
-                if stats.first_token_seconds is None:
-                    stats.first_token_seconds = time.perf_counter() - begin
-                # The time the reader of the stream takes is not ours.
-                paused = time.perf_counter()
-                if text:
-                    yield text
-                first += time.perf_counter() - paused
-                if writer.done:
-                    return
-                logits = self._feed(context, len(context))
-                assert logits is not None
-                stats.decode_seconds = time.perf_counter() - begin - first
+            core.insert(writer)
+            while len(core):
+                for advance in core.step():
+                    if advance.error is not None:
+                        raise advance.error
+                    if advance.text:
+                        yield advance.text
         finally:
-            stats.new_tokens = len(generation.tokens)
-            stats.context_tokens = len(context)
-            stats.peak_memory_bytes = peak_memory()
+            writer.settle()
 
 
-class Writer:
-    """The end of one text that is being written: chooses tokens, gives out text, knows when to stop."""
-
-    def __init__(self, model: Model, request: Request, context: Context, generation: Generation) -> None:
-        self.request = request
-        self.context = context
-        self.generation = generation
-        self.sampler = Sampler(request.sampling, model.engine.vocab_size, request.logprobs)
-        self.sampler.observe(context.tokens)
-        self.done = False
-        self._eos = frozenset() if request.ignore_eos else model.eos
-        self._detokenizer = Detokenizer(model.tokenizer, context=context.tokens)
-        self._stops = StopStrings(request.stop)
-
-    def choose(self, logits: np.ndarray) -> str:
-        """Choose from logits [V]; the text that became certain. Sets ``done`` at the end."""
-        choice = self.sampler.choose(logits, len(self.context))
-        if choice.token in self._eos:
-            # Not added to the text: what comes after it is for the template to say.
-            if self.request.record_end:
-                self.generation.choices.append(choice)
-            return self._end("eos")
-        self.context.tokens.append(choice.token)
-        self.sampler.observe([choice.token])
-        self.generation.tokens.append(choice.token)
-        if self.request.logprobs is not None:
-            self.generation.choices.append(choice)
-        text = self._stops.push(self._detokenizer.push(choice.token))
-        if self._stops.found is not None:
-            self.done, self.generation.stop_reason = True, "stop"
-        elif len(self.generation.tokens) >= self.request.max_new_tokens:
-            text += self._end("length")
-        return text
-
-    def _end(self, reason: str) -> str:
-        text = self._stops.push(self._detokenizer.flush())
-        if self._stops.found is not None:
-            reason = "stop"
-        self.done, self.generation.stop_reason = True, reason
-        return text + self._stops.flush()
+def _nothing(_: Generation) -> Generator[str, None, None]:
+    yield from ()
 
 
 class _busy:  # noqa: N801

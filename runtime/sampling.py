@@ -91,6 +91,8 @@ class Sampler:
         self._generator = np.random.PCG64(self.seed)
         self._drawn = 0
         self._seen = np.zeros(vocab_size, np.bool_) if options.repetition_penalty != 1.0 else None
+        # Arrays of this size are new memory every time they are allocated, which costs more than the sums.
+        self._scores, self._scaled, self._weights = np.empty((3, vocab_size))
 
     def observe(self, tokens: object) -> None:
         """Tell which tokens the text holds (prompt and generated); only the repetition penalty uses it."""
@@ -99,18 +101,17 @@ class Sampler:
 
     def choose(self, logits: np.ndarray, position: int) -> Choice:
         """The token for `position` (number of tokens before it) from float32 logits [V]."""
-        scores = logits.astype(np.float64)
+        scores = self._scores
+        np.copyto(scores, logits)
         best = float(scores.max())
         if not np.isfinite(best) or np.isnan(scores).any():
             raise LawcatError("The model's output is not finite; run `lawcat-edge verify` on the bundle.")
-        raw = scores
         if self._seen is not None:
             penalty = self.options.repetition_penalty
             seen = scores[self._seen]
-            scores = scores.copy()
             scores[self._seen] = np.where(seen > 0, seen / penalty, seen * penalty)
         token = int(scores.argmax()) if self.options.temperature == 0 else self._draw(scores, position)
-        return Choice(token, float("nan")) if self.logprobs is None else score(raw, token, self.logprobs)
+        return Choice(token, float("nan")) if self.logprobs is None else score(logits, token, self.logprobs)
 
     def probabilities(self, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(token ids, probabilities) that remain after the filters, most likely first; ties by lower id."""
@@ -125,26 +126,32 @@ class Sampler:
         nearly always hold the mass that is asked for; so more are sorted only when needed.
         """
         options = self.options
-        scaled = scores / max(options.temperature, 1e-6)
-        best = scaled.max()
+        values = np.divide(scores, max(options.temperature, 1e-6), out=self._scaled)
+        best = values.max()
+        kept = None  # the tokens that `values` are of; None: all
         # min_p first: it needs no sorting and leaves few to sort.
-        floor = best + np.log(options.min_p) if options.min_p > 0 else -np.inf
-        kept = np.flatnonzero(scaled >= floor)
-        if 0 < options.top_k < kept.size:
-            kept = kept[np.sort(_descending(scaled[kept], options.top_k))]
-        total = float(np.exp(scaled[kept] - best).sum())
+        if options.min_p > 0:
+            kept = np.flatnonzero(values >= best + np.log(options.min_p))
+            values = values[kept]
+        if 0 < options.top_k < values.size:
+            first = np.sort(_descending(values, options.top_k))
+            kept, values = first if kept is None else kept[first], values[first]
+        weights = self._weights[: values.size]
+        total = float(np.exp(np.subtract(values, best, out=weights), out=weights).sum())
         # top_p counts the probability that the other two left, as the usual order of filters has it.
         target = total * options.top_p
-        for size in (256, 4096, kept.size):
-            order = kept[_descending(scaled[kept], min(size, kept.size))]
-            cumulative = np.cumsum(np.exp(scaled[order] - best))
-            if order.size == kept.size or cumulative[-1] >= target * (share if options.top_p == 1 else 1.0):
+        for size in (256, 4096, values.size):
+            order = _descending(values, min(size, values.size))
+            cumulative = np.cumsum(weights[order])
+            if order.size == values.size or cumulative[-1] >= target * (share if options.top_p == 1 else 1.0):
                 break
+        complete = order.size == values.size
+        order = order if kept is None else kept[order]
         if options.top_p < 1:
             count = int(np.searchsorted(cumulative, target, side="left")) + 1
             order, cumulative = order[:count], cumulative[:count]
             return order, cumulative, float(cumulative[-1])
-        return order, cumulative, float(cumulative[-1]) if order.size == kept.size else total
+        return order, cumulative, float(cumulative[-1]) if complete else total
 
     def _draw(self, scores: np.ndarray, position: int) -> int:
         self._generator.advance(position - self._drawn)
@@ -168,7 +175,14 @@ def score(logits: np.ndarray, token: int, count: int) -> Choice:
 def _descending(values: np.ndarray, count: int) -> np.ndarray:
     """Indices of the `count` largest values, largest first, ties by lower index."""
     if count < values.size // 4:
-        threshold = np.partition(values, values.size - count)[values.size - count]
-        candidates = np.flatnonzero(values >= threshold)
+        # A few comparisons find a bound faster than a partition does, where the best stand out.
+        best, reach = values.max(), 4.0
+        candidates = np.flatnonzero(values >= best - reach)
+        while candidates.size < count and reach < 64:
+            reach *= 1.3
+            candidates = np.flatnonzero(values >= best - reach)
+        if not count <= candidates.size <= 16 * count + 2048:
+            threshold = np.partition(values, values.size - count)[values.size - count]
+            candidates = np.flatnonzero(values >= threshold)
         return candidates[np.argsort(-values[candidates], kind="stable")][:count]
     return np.argsort(-values, kind="stable")[:count]

@@ -30,6 +30,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from lawcat_edge.runtime.bundle import CHAT_TEMPLATE
+from lawcat_edge.runtime.draft import LONGEST_DRAFT
 from lawcat_edge.runtime.errors import BundleFault, LawcatError
 from lawcat_edge.runtime.model import Model
 from lawcat_edge.runtime.server_answer import Answer
@@ -55,7 +56,7 @@ class Options:
     """How to serve. names: under which the model answers (default: the bundle's). See docs/server.md."""
 
     names: tuple[str, ...] = ()
-    parallel: int = 4
+    parallel: int = 8
     queue: int = 16
     states: int = 8
     max_tokens: int = 32768
@@ -65,6 +66,8 @@ class Options:
     check_host: bool = True
     allowed_hosts: tuple[str, ...] = ()
     cors: tuple[str, ...] = ()
+    deterministic: bool = False
+    speculate: int = LONGEST_DRAFT
 
     def __post_init__(self) -> None:
         if self.parallel < 1 or self.queue < 0 or self.states < 0:
@@ -225,7 +228,13 @@ class _Service:
     async def lifespan(self, app: Starlette) -> AsyncIterator[None]:
         options = self.options
         self.worker = Worker(
-            self.model, options.parallel, options.queue, options.states, options.stall_seconds
+            self.model,
+            options.parallel,
+            options.queue,
+            options.states,
+            options.stall_seconds,
+            options.deterministic,
+            options.speculate,
         )
         try:
             yield

@@ -21,7 +21,7 @@ MIN_BRANCH = 32  # tokens that a state within a prompt must save before it is wo
 @dataclass
 class _Entry:
     context: Context  # every token of it was fed
-    logits: np.ndarray | None  # [1,V] after the last token, if kept
+    logits: np.ndarray | None  # [V] after the last token, if kept
 
     @property
     def tokens(self) -> np.ndarray:

@@ -32,12 +32,19 @@ def model_json(name: str, created: int) -> dict[str, Any]:
 
 
 def usage_json(job: Job) -> dict[str, Any]:
-    """Token counts; cached_tokens of the prompt were in a kept state already."""
+    """Token counts; cached_tokens of the prompt were in a kept state already.
+
+    The details of the completion tell how many drafted tokens were taken, and how many were not.
+    """
     return {
         "prompt_tokens": job.prompt_tokens,
         "completion_tokens": job.new_tokens,
         "total_tokens": job.prompt_tokens + job.new_tokens,
         "prompt_tokens_details": {"cached_tokens": job.reused_tokens},
+        "completion_tokens_details": {
+            "accepted_prediction_tokens": job.accepted_tokens,
+            "rejected_prediction_tokens": job.drafted_tokens - job.accepted_tokens,
+        },
     }
 
 

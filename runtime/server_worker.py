@@ -1,7 +1,8 @@
 """The one thread that runs the model for all clients, and the bounded queue before it.
 
-Jobs take turns: one turn is one token, or one chunk of a prompt. A turn never waits for a client. A job whose
-reader is slow is passed over until there is room for its text again, and dropped after ``stall_seconds``.
+All jobs are written together, a token a step; between two steps one chunk of one prompt is read, so nobody
+waits for another's whole prompt. A step never waits for a client. A job whose reader is slow is passed over
+until there is room for its text again, and dropped after ``stall_seconds``.
 """
 
 from __future__ import annotations
@@ -12,16 +13,17 @@ import time
 import traceback
 from array import array
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
-import numpy as np
-
-from lawcat_edge.runtime.context import Context, Generation
+from lawcat_edge.runtime.core import Advance, Core
+from lawcat_edge.runtime.draft import LONGEST_DRAFT
 from lawcat_edge.runtime.errors import LawcatError
-from lawcat_edge.runtime.model import Model, Request, Writer
-from lawcat_edge.runtime.sampling import Choice, score
+from lawcat_edge.runtime.model import Model
+from lawcat_edge.runtime.request import Request
+from lawcat_edge.runtime.sampling import Choice
 from lawcat_edge.runtime.server_cache import StateCache
+from lawcat_edge.runtime.writer import Writer
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class Job:
         self.echo = echo
         self.prompt_tokens = sum(len(tokens) for tokens in prompts)
         self.reused_tokens, self.new_tokens = 0, 0
+        self.drafted_tokens, self.accepted_tokens = 0, 0
         self._wake = wake
         self._room = room
         self._lock = threading.Lock()
@@ -68,7 +71,10 @@ class Job:
         self.done = False
         self.began = 0.0
         self.stuck_since: float | None = None  # when its reader was first found to be behind
-        self.turns: Iterator[None] | None = None
+        self.writer: Writer | None = None  # of the text at hand
+        self.index = 0
+        self.told = 0  # of its choices, those that were given out
+        self.before = 0  # tokens of the texts that are done
 
     @property
     def has_room(self) -> bool:
@@ -114,7 +120,7 @@ class Closing(Exception):  # noqa: N818
 
 @dataclass(frozen=True)
 class Load:
-    """What the worker is doing: jobs taking turns, jobs that wait, states kept and their bytes."""
+    """What the worker is doing: jobs under way, jobs that wait, states kept and their bytes."""
 
     running: int
     waiting: int
@@ -135,20 +141,36 @@ class _Pace:
 class Worker:
     """Runs jobs on `model` in a thread of its own; nothing else may use the model meanwhile.
 
-    parallel: jobs that take turns (each has a state of its own). queue: jobs that may wait for a turn.
-    states: states kept for prompts that begin like an earlier text (0: none).
+    parallel: jobs written together (each has a state of its own). queue: jobs that may wait for one to end.
+    states: states kept for prompts that begin like an earlier text (0: none). deterministic: one job at a
+    time, from the beginning of its text, for where the last bits depend on what is computed together.
+    speculate: tokens drafted at most, for a job that is written alone (0: none).
     """
 
     def __init__(
-        self, model: Model, parallel: int = 4, queue: int = 16, states: int = 8, stall_seconds: float = 60.0
+        self,
+        model: Model,
+        parallel: int = 8,
+        queue: int = 16,
+        states: int = 8,
+        stall_seconds: float = 60.0,
+        deterministic: bool = False,
+        speculate: int = LONGEST_DRAFT,
     ) -> None:
         assert parallel >= 1
         assert min(queue, states) >= 0
+        if deterministic:
+            parallel, states = 1, 0
         self.model = model
+        self.deterministic = deterministic
+        self.speculate = speculate
         self.parallel = parallel
         self.queue = queue
         self.stall_seconds = stall_seconds
         self._cache = StateCache(states)
+        # Jobs whose readers were behind may come back while others have their places.
+        self._core = Core(model.engine, capacity=parallel + queue, keep=states > 0)
+        self._jobs: dict[Writer, Job] = {}
         self._pace = _Pace()
         self._changed = threading.Condition()
         self._waiting: deque[Job] = deque()
@@ -195,15 +217,24 @@ class Worker:
         self._thread.join(timeout)
 
     def _run(self) -> None:
-        while (job := self._next()) is not None:
-            self._turn(job)
+        while self._admit():
+            for job in [job for job in self._running if job.writer is None]:
+                self._begin(job)
+            for advance in self._core.step(self._able()):
+                self._tell(advance)
         for job in [*self._running, *self._waiting]:
             self._end(job, Piece("", reason="cancelled"))
         self._running.clear()
         self._waiting.clear()
 
-    def _next(self) -> Job | None:
-        """The job whose turn it is; waits for one. None: the worker is closing."""
+    def _able(self) -> Callable[[Writer], bool]:
+        """Which texts go on now: those whose readers keep up; of these the oldest alone, if deterministic."""
+        able = [job.writer for job in self._running if job.has_room]
+        chosen = set(able[:1] if self.deterministic else able)
+        return lambda writer: writer in chosen
+
+    def _admit(self) -> bool:
+        """Wait until there is something to do and let in who may come; False: the worker is closing."""
         with self._changed:
             while not self._closing:
                 self._drop_dead()
@@ -212,16 +243,13 @@ class Worker:
                 while self._waiting and able < self.parallel:
                     self._running.append(self._waiting.popleft())
                     able += 1
-                for _ in range(len(self._running)):
-                    job = self._running.popleft()
-                    self._running.append(job)
-                    if job.has_room:
-                        job.stuck_since = None
-                        return job
-                    job.stuck_since = job.stuck_since or time.monotonic()
+                for job in self._running:
+                    job.stuck_since = None if job.has_room else job.stuck_since or time.monotonic()
+                if able:
+                    return True
                 # Without jobs there is nothing to time out.
                 self._changed.wait(1.0 if self._running else None)
-        return None
+        return False
 
     def _drop_dead(self) -> None:
         now = time.monotonic()
@@ -231,123 +259,97 @@ class Worker:
                 (self._running if job in self._running else self._waiting).remove(job)
                 self._end(job, Piece("", reason="cancelled"))
 
-    def _turn(self, job: Job) -> None:
-        last: Piece | None = None
+    def _begin(self, job: Job) -> None:
+        """Insert the next text of `job` into the core."""
+        model, tokens = self.model, job.prompts[job.index]
+        request = replace(job.request, speculate=self.speculate)
+        job.began = job.began or time.monotonic()
+        scored = job.echo is not None and request.logprobs is not None
         try:
-            if job.turns is None:
-                job.began = time.monotonic()
-                job.turns = self._turns(job)
-            next(job.turns)
+            # A prompt whose tokens are scored is read from its beginning.
+            context, logits, branch = (None, None, None) if scored else self._cache.find(tokens)
+            context = context or model.new_context()
+            context.tokens = tokens[:]
+            writer = model.writer(request, context, logits=logits)
+            self._core.insert(writer)
+        except Exception as error:
+            self._fail(job, error)
             return
-        except StopIteration:
-            pass
-        except LawcatError as error:
-            last = Piece(str(error), reason="error")
-        except Exception:
-            # One request's failure must not end the others'; the trace is for whoever runs the server.
-            traceback.print_exc(file=sys.stderr)
-            last = Piece("The server failed on this request; see its log.", reason="error")
+        job.writer, job.told, self._jobs[writer] = writer, 0, job
+        job.reused_tokens += context.fed
+        echo = [] if job.echo is None else [job.echo[job.index]]
+        if scored:
+            writer.scores, writer.on_read = request.logprobs, lambda each: self._tell_scores(job, each, echo)
+        else:
+            writer.reach, writer.on_read = branch, self._keep_prompt
+            for text in echo:
+                job.put(Piece(text, index=job.index))
+
+    def _tell_scores(self, job: Job, writer: Writer, echo: list[str]) -> None:
+        """Give out what each token of the prompt had for a probability, and with the first ones its text."""
+        if not writer.unread or len(writer.scored) >= 256:
+            job.put(Piece(echo.pop() if echo else "", tuple(writer.scored), index=job.index))
+            writer.scored.clear()
+
+    def _keep_prompt(self, writer: Writer) -> None:
+        context = writer.context
+        if self._cache.limit and (context.fed == writer.reach or not writer.unread):
+            kept = context.fork()
+            del kept.tokens[context.fed :]
+            self._cache.add(kept, writer.logits)
+
+    def _tell(self, advance: Advance) -> None:
+        """Give out what a step made of one text."""
+        writer = advance.writer
+        job, generation = self._jobs[writer], writer.generation
+        if advance.error is not None:
+            self._fail(job, advance.error)
+            return
+        job.new_tokens = job.before + len(generation.tokens)
+        if writer.done:
+            job.drafted_tokens += generation.stats.drafted_tokens
+            job.accepted_tokens += generation.stats.accepted_tokens
+            self._keep_answer(writer)
+        if advance.text or writer.done:
+            choices = tuple(generation.choices[job.told :])
+            job.told += len(choices)
+            reason = generation.stop_reason if writer.done else None
+            job.put(Piece(advance.text, choices, reason, job.index))
+        if not writer.done:
+            return
+        del self._jobs[writer]
+        job.writer, job.before, job.index = None, job.new_tokens, job.index + 1
+        if job.index == len(job.prompts):
+            self._leave(job)
+
+    def _keep_answer(self, writer: Writer) -> None:
+        if self._cache.limit:
+            context = writer.context
+            # The last token was chosen but not read; what was read is what the state stands for.
+            del context.tokens[context.fed :]
+            self._cache.add(context)
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        """End one request, whose failure must not end the others'."""
+        message = str(error)
+        if not isinstance(error, LawcatError):
+            # The trace is for whoever runs the server.
+            traceback.print_exception(error, file=sys.stderr)
+            message = "The server failed on this request; see its log."
+        self._leave(job)
+        self._end(job, Piece(message, reason="error"))
+
+    def _leave(self, job: Job) -> None:
         with self._changed:
             self._running.remove(job)
         self._pace.add(time.monotonic() - job.began)
-        self._end(job, last)
+        job.done = True
 
-    def _end(self, job: Job, last: Piece | None) -> None:
-        job.done, job.turns = True, None
-        if last is not None:
-            job.put(last)
-
-    def _turns(self, job: Job) -> Generator[None, None, None]:
-        """The work of a job, a turn at a time; every piece but a failure's is put from here."""
-        for index in range(len(job.prompts)):
-            yield from self._text_turns(job, index)
-            if index < len(job.prompts) - 1:
-                yield
-
-    def _text_turns(self, job: Job, index: int) -> Generator[None, None, None]:
-        model, request, tokens = self.model, job.request, job.prompts[index]
-        if job.echo is not None and request.logprobs is not None:
-            context = model.new_context()
-            logits = yield from self._echo_turns(job, index, context)
-        else:
-            if job.echo is not None:
-                job.put(Piece(job.echo[index], index=index))
-            context, logits = yield from self._read_turns(job, tokens)
-        if request.max_new_tokens == 0:
-            job.put(Piece("", reason="length", index=index))
-            return
-        generation = Generation(lambda _: _nothing(), request.logprobs is not None)
-        writer = Writer(model, request, context, generation)
-        told, before = 0, job.new_tokens
-        while True:
-            text = writer.choose(logits[0])
-            job.new_tokens = before + len(generation.tokens)
-            reason = generation.stop_reason if writer.done else None
-            if text or reason:
-                choices = tuple(generation.choices[told:])
-                told += len(choices)
-                if reason:
-                    self._keep_answer(writer)
-                job.put(Piece(text, choices, reason, index))
-            if writer.done:
-                return
-            yield
-            following = model._feed(context, len(context))
-            assert following is not None
-            logits = following
-
-    def _echo_turns(self, job: Job, index: int, context: Context) -> Generator[None, None, np.ndarray]:
-        """Read a prompt from its beginning and give out what each of its tokens had for a probability."""
-        engine, tokens, count = self.model.engine, job.prompts[index], job.request.logprobs
-        assert count is not None
-        context.tokens = tokens[:]
-        text, choices = (job.echo or ())[index], [Choice(tokens[0], float("nan"))]
-        while True:
-            begin = context.fed
-            ids = np.asarray(tokens[begin : begin + engine.chunk], np.int64)
-            logits = engine.forward(ids[None], context.state, all_positions=True)[0]
-            following = tokens[begin + 1 : begin + 1 + len(ids)]
-            # Past the last token there is none to score.
-            choices += [score(row, token, count) for row, token in zip(logits, following, strict=False)]
-            last = logits[-1:].copy()
-            done = context.fed == len(tokens)
-            if done or len(choices) >= 256:
-                job.put(Piece(text, tuple(choices), index=index))
-                text, choices = "", []
-            if done:
-                return last
-            yield
-
-    def _read_turns(self, job: Job, tokens: array) -> Generator[None, None, tuple[Context, np.ndarray]]:
-        """Read a prompt, from a kept state where there is one: (its context, the logits [1,V] after it)."""
-        model = self.model
-        context, logits, branch = self._cache.find(tokens)
-        context = context or model.new_context()
-        reused = context.fed
-        job.reused_tokens += reused
-        context.tokens = tokens[:]
-        while context.fed < len(tokens):
-            upto = min(len(tokens), context.fed + model.engine.chunk)
-            if branch is not None and context.fed < branch:
-                upto = min(upto, branch)
-            logits = model._feed(context, upto)
-            if context.fed == branch and branch < len(tokens):
-                kept = context.fork()
-                del kept.tokens[branch:]
-                self._cache.add(kept)
-            if context.fed < len(tokens):
-                yield
-        assert logits is not None
-        if reused < len(tokens):
-            self._cache.add(context.fork(), logits)
-        return context, logits
-
-    def _keep_answer(self, writer: Writer) -> None:
-        context = writer.context
-        # The last token was chosen but not read; what was read is what the state stands for.
-        del context.tokens[context.fed :]
-        self._cache.add(context)
-
-
-def _nothing() -> Generator[str, None, None]:
-    yield from ()
+    def _end(self, job: Job, last: Piece) -> None:
+        """Let go of `job`, wherever it is, with a last word to its reader."""
+        if job.writer is not None:
+            self._core.remove(job.writer)
+            self._jobs.pop(job.writer, None)
+            job.writer = None
+        job.done = True
+        job.put(last)

@@ -46,11 +46,13 @@ class Buffer:
 
 
 class State:
-    """The state of `batch` sequences.
+    """The state of `batch` sequences, in the first rows of arrays that may have more (``put``).
 
-    positions: tokens that each has read, [B]. spans: tokens that the layers with buffers of each kind see.
+    positions: tokens that each has read, [capacity]. spans: tokens that the layers with buffers of each kind
+    see.
     in_place: tensors whose step may write where it reads; the others alternate between two arrays.
     slots: of buffers that cannot grow, because their graph has shapes of fixed size.
+    capacity: rows of the arrays; default: as many as there are sequences.
     """
 
     def __init__(
@@ -60,24 +62,27 @@ class State:
         batch: int,
         spans: dict[str, int] | None = None,
         slots: dict[str, int] | None = None,
+        capacity: int = 0,
     ) -> None:
         self.tensors = tuple(tensors)
         self.in_place = tuple(in_place)
         self.batch = batch
-        self.positions = np.zeros(batch, np.int64)
+        self.capacity = max(batch, capacity)
+        self.positions = np.zeros(self.capacity, np.int64)
         self.spans = dict(spans or {})
-        self.buffers = {name: Buffer(span, batch) for name, span in self.spans.items()}
+        self.buffers = {name: Buffer(span, self.capacity) for name, span in self.spans.items()}
         self._fixed = slots
         for name, count in (slots or {}).items():
             self.buffers[name].slots = count
         self.arrays: list[np.ndarray] = []
         self._spare: list[np.ndarray] = []
         for tensor, same in zip(self.tensors, self.in_place, strict=True):
-            shape = (batch, *tensor.sizes(self._slots(tensor)))
+            shape = (self.capacity, *tensor.sizes(self._slots(tensor)))
             self.arrays.append(aligned(shape))
             self._spare.append(self.arrays[-1] if same else aligned(shape))
         self._cos = self._sin = aligned((0, 0))
-        self.phase = 0
+        self._apart: list[np.ndarray] = []
+        self.phase = self.turn = 0  # which of their two arrays the tensors are in
         self.bindings: dict[Any, Any] = {}
 
     def _slots(self, tensor: StateTensor) -> int:
@@ -86,7 +91,7 @@ class State:
     @property
     def position(self) -> int:
         """Tokens read, of the longest sequence."""
-        return int(self.positions.max())
+        return int(self.positions[: self.batch].max())
 
     @position.setter
     def position(self, tokens: int) -> None:
@@ -102,6 +107,35 @@ class State:
         """Where the next step writes (the same arrays where that is safe)."""
         return self._spare
 
+    @property
+    def trial_targets(self) -> list[np.ndarray]:
+        """Where a step writes that may have to be forgotten: nothing that is read again is overwritten.
+
+        What it appends to a buffer counts only once the step is accepted.
+        """
+        if not self._apart:
+            self._apart = [
+                aligned(array.shape) if same and not tensor.buffer else spare
+                for tensor, same, array, spare in zip(
+                    self.tensors, self.in_place, self.arrays, self._spare, strict=True
+                )
+            ]
+        return [
+            apart if same and not tensor.buffer else spare
+            for tensor, same, apart, spare in zip(
+                self.tensors, self.in_place, self._apart, self._spare, strict=True
+            )
+        ]
+
+    def accept(self, tokens: int) -> None:
+        """Become what the last step on trial left, which read so many tokens."""
+        self.advance(tokens)
+        for i, tensor in enumerate(self.tensors):
+            if self.in_place[i] and not tensor.buffer:
+                self.arrays[i], self._apart[i] = self._apart[i], self.arrays[i]
+                self._spare[i] = self.arrays[i]
+        self.turn ^= 1
+
     def advance(self, tokens: int) -> None:
         self.arrays, self._spare = self._spare, self.arrays
         if not all(self.in_place):
@@ -109,9 +143,9 @@ class State:
         self._count(tokens)
 
     def _count(self, tokens: int) -> None:
-        self.positions += tokens
+        self.positions[: self.batch] += tokens
         for buffer in self.buffers.values():
-            buffer.fill += tokens
+            buffer.fill[: self.batch] += tokens
 
     # -- buffers ---------------------------------------------------------------------------------------------
 
@@ -125,12 +159,17 @@ class State:
                 after = int(buffer.fill.max()) + tokens
             if after > buffer.slots:
                 assert not self._fixed, "more tokens at once than a graph of fixed shapes has slots for"
-                self._grow(name, slots_for(buffer.span, after, tokens))
+                self._grow(name, self._more_slots(buffer, after, tokens))
+
+    def _more_slots(self, buffer: Buffer, rows: int, tokens: int) -> int:
+        # Growing copies every sequence, so where there may be many it doubles, to happen a few times at most.
+        doubled = min(2 * buffer.slots, buffer.span) if self.capacity > 1 else 0
+        return slots_for(buffer.span, max(rows, doubled), tokens)
 
     def _forget(self, name: str) -> None:
         """Move the rows that are still seen to the front."""
         buffer = self.buffers[name]
-        fill, kept = buffer.fill, buffer.kept
+        fill, kept = buffer.fill[: self.batch], buffer.kept[: self.batch]
         if (fill == kept).all():
             return
         alike = bool((fill == fill[0]).all())
@@ -138,8 +177,9 @@ class State:
             if tensor.buffer == name:
                 for row in (slice(None),) if alike else range(self.batch):
                     end, count = (int(x[0 if alike else row]) for x in (fill, kept))
-                    array[row][..., :count, :] = array[row][..., end - count : end, :]
-        buffer.fill = kept.copy()
+                    rows = array[: self.batch][row]
+                    rows[..., :count, :] = rows[..., end - count : end, :]
+        fill[:] = kept
 
     def _grow(self, name: str, slots: int) -> None:
         self.bindings.clear()  # they hold the old arrays
@@ -147,9 +187,10 @@ class State:
         used = int(buffer.fill.max())
         for i, tensor in enumerate(self.tensors):
             if tensor.buffer == name:
-                old, shape = self.arrays[i], (self.batch, *tensor.sizes(slots))
+                old, shape = self.arrays[i], (self.capacity, *tensor.sizes(slots))
                 self.arrays[i] = aligned(shape)
-                self.arrays[i][:, :, :used] = old[:, :, :used]
+                # Rows without a sequence are left untouched, so that they take no memory yet.
+                self.arrays[i][: self.batch, :, :used] = old[: self.batch, :, :used]
                 self._spare[i] = self.arrays[i] if self.in_place[i] else aligned(shape)
         buffer.slots = slots
 
@@ -178,10 +219,10 @@ class State:
     def fill_inputs(self, inputs: dict[str, np.ndarray], frequencies: np.ndarray | None) -> None:
         """Write the positions and lengths of the next tokens into arrays of ``new_inputs``."""
         for name, buffer in self.buffers.items():
-            inputs[f"{name}_seqlens_k"][:] = buffer.fill + (self._tokens(inputs) - 1)
+            inputs[f"{name}_seqlens_k"][:] = buffer.fill[: self.batch] + (self._tokens(inputs) - 1)
         if frequencies is not None:
             T = self._tokens(inputs)
-            for row, position in enumerate(self.positions):
+            for row, position in enumerate(self.positions[: self.batch]):
                 angle = rotary.angles(frequencies, int(position), T)
                 own = slice(row * T, (row + 1) * T)
                 np.cos(angle, out=inputs["cos_cache"][own], casting="same_kind")
@@ -208,12 +249,16 @@ class State:
     # -- whole states ----------------------------------------------------------------------------------------
 
     def row(self, index: int) -> State:
-        """The sequence `index` as a state of its own over the same memory; see ``Engine.run``."""
+        """The sequence `index` as a state of its own over the same memory and counts.
+
+        Its tensors are those of now: a step of the batch may put others in their place, of which the view
+        does not learn. What it says of lengths stays right.
+        """
         view = State(self.tensors, self.in_place, 0, self.spans)
         at = slice(index, index + 1)
-        view.batch, view.positions = 1, self.positions[at].copy()
+        view.batch, view.capacity, view.positions = 1, 1, self.positions[at]
         for name, buffer in self.buffers.items():
-            view.buffers[name].slots, view.buffers[name].fill = buffer.slots, buffer.fill[at].copy()
+            view.buffers[name].slots, view.buffers[name].fill = buffer.slots, buffer.fill[at]
         view.arrays = [array[at] for array in self.arrays]
         view._spare = [array[at] for array in self._spare]
         return view
@@ -259,6 +304,35 @@ class State:
                 theirs[at, :, :count] = mine[row, :, end - count : end]
             else:
                 theirs[at] = mine[row]
+
+    # -- sequences that come and go --------------------------------------------------------------------------
+
+    def put(self, row: int, other: State) -> None:
+        """Copy the one sequence of `other` into `row`: a free one among the sequences, or the next."""
+        assert row <= self.batch < self.capacity or row < self.batch
+        for name, buffer in self.buffers.items():
+            count = int(other.buffers[name].kept[0])
+            if count > buffer.slots:
+                self._grow(name, self._more_slots(buffer, count, 1))
+            buffer.fill[row] = count
+        self.positions[row] = other.positions[0]
+        other._copy_row(0, self, row)
+        self.batch = max(self.batch, row + 1)
+
+    def move(self, row: int, to: int) -> None:
+        """The sequence of `row` goes to the free row `to`."""
+        assert row != to
+        self._copy_row(row, self, to)
+        self.positions[to] = self.positions[row]
+        for buffer in self.buffers.values():
+            buffer.fill[to] = buffer.kept[row]
+        self.free(row)
+
+    def free(self, row: int) -> None:
+        """`row` has no sequence any more. Before the next step one must be in it, or none behind it."""
+        self.positions[row] = 0
+        for buffer in self.buffers.values():
+            buffer.fill[row] = 0
 
     def clear(self) -> None:
         """Back to the state before any token."""

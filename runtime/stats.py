@@ -13,12 +13,15 @@ from typing import Any
 class Stats:
     """prompt_tokens were read now, reused_tokens were in the state already, new_tokens were generated.
 
+    drafted_tokens were proposed by what the text repeats, accepted_tokens of them are in the text.
     first_token_seconds: from the call to the first token. context_tokens: length of the whole text so far.
     """
 
     prompt_tokens: int = 0
     reused_tokens: int = 0
     new_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     first_token_seconds: float | None = None

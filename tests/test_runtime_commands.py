@@ -14,10 +14,11 @@ from typer.testing import CliRunner
 
 from lawcat_edge.commands.bench import bench
 from lawcat_edge.commands.chat import chat
-from lawcat_edge.commands.generate import generate
+from lawcat_edge.commands.generate import SPECULATE_HELP, generate
 from lawcat_edge.commands.info import info
 from lawcat_edge.commands.verify import verify
 from lawcat_edge.runtime import Model
+from lawcat_edge.runtime.draft import LONGEST_DRAFT
 from lawcat_edge.runtime.errors import CheckFailed, LawcatError
 
 
@@ -50,6 +51,22 @@ def test_generate_streams_text_to_stdout_and_figures_to_stderr(bundle: str) -> N
     )
     assert len(document["tokens"]) == len(document["logprobs"]) == 5
     assert document["stats"]["seed"] == 1
+
+
+def test_speculation_is_set_and_shown(bundle: str) -> None:
+    command = ("generate", bundle, "--prompt", "abcabcabcabcabc", "--max-new-tokens", "60", "--ignore-eos")
+    on, off = (run(*command, "--speculate", value) for value in ("4", "off"))
+    assert on.stdout == off.stdout
+    assert "drafted accepted" in on.stderr
+    assert "drafted" not in off.stderr
+    stats = json.loads(run(*command, "--json").stdout)["stats"]
+    assert 0 < stats["accepted_tokens"] <= stats["drafted_tokens"]
+    talk = run("chat", bundle, "--speculate", "8", stdin="abcabcabcabcabc\n/stats\n")
+    assert "written" in talk.stderr
+    for wrong in ("0", "33", "on", "-1", "1.5"):
+        with pytest.raises(LawcatError, match="--speculate must be from 1 to 32"):
+            run(*command, "--speculate", wrong)
+    assert f"default: {LONGEST_DRAFT}." in SPECULATE_HELP
 
 
 def test_generate_reads_a_file_saves_and_goes_on(bundle: str, tmp_path: Path) -> None:

@@ -97,9 +97,9 @@ def test_portable_graphs_never_see_a_long_call(folders: dict[str, Path], tmp_pat
     lengths = []
 
     class Watched(Engine):
-        def _bind(self, kind: str, T: int, state: State) -> Any:
+        def _bind(self, kind: str, T: int, state: State, trial: bool = False) -> Any:
             lengths.append(T)
-            return super()._bind(kind, T, state)
+            return super()._bind(kind, T, state, trial)
 
     engine, other = Watched(Bundle.open(folder), threads=1), Engine(Bundle.open(folders["window"]), threads=1)
     assert engine.chunk == PORTABLE_CHUNK < other.chunk

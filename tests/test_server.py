@@ -469,6 +469,74 @@ def test_a_failing_request_ends_alone(model: Model, monkeypatch: pytest.MonkeyPa
     worker.close()
 
 
+def test_clients_are_written_for_together(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, sizes = load(model.bundle.folder), []
+    forward = own.engine.forward
+
+    def count(ids: Any, state: Any, *rest: Any) -> Any:
+        sizes.append(ids.shape)
+        return forward(ids, state, *rest)
+
+    monkeypatch.setattr(own.engine, "forward", count)
+    worker = Worker(own, parallel=4, states=0)
+    with worker._changed:  # nobody is let in before all are there
+        readies = [threading.Event() for _ in range(4)]
+        jobs = [job_of([i + 1, 2], ready.set, 400, max_new_tokens=200) for i, ready in enumerate(readies)]
+        for job in jobs:
+            worker.submit(job)
+    for i, (job, ready) in enumerate(zip(jobs, readies, strict=True)):
+        expected = model.generate([i + 1, 2], max_new_tokens=200, ignore_eos=True).result()
+        assert read(job, ready) == (expected.text, expected.tokens)
+    worker.close()
+    # Four prompts of one chunk, then at most a few steps more than the 200 that all share.
+    assert sizes.count((4, 1)) > 190
+    assert len(sizes) < 215
+
+
+def test_a_client_alone_is_drafted_for_and_the_usage_tells(folder: Path, model: Model) -> None:
+    prompt = [7, 8, 9] * 20
+    body = json.dumps({"prompt": prompt, "max_tokens": 60, "temperature": 0, "ignore_eos": True}).encode()
+    expected = model.generate(prompt, max_new_tokens=60, ignore_eos=True).result()
+    assert expected.stats.accepted_tokens > 0
+    for speculate in (8, 0):
+        with running(folder, speculate=speculate) as found:
+            _, _, answer = found.raw("POST", "/v1/completions", body)
+        assert answer["choices"][0]["text"] == expected.text
+        details = answer["usage"]["completion_tokens_details"]
+        taken = expected.stats.accepted_tokens if speculate else 0
+        drafted = expected.stats.drafted_tokens if speculate else 0
+        assert details["accepted_prediction_tokens"] == taken
+        assert details["rejected_prediction_tokens"] == drafted - taken
+
+
+def test_one_at_a_time_if_it_must_be_the_same_to_the_last_bit(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, batches = load(model.bundle.folder), set()
+    forward = own.engine.forward
+
+    def count(ids: Any, state: Any, *rest: Any) -> Any:
+        batches.add(len(ids))
+        return forward(ids, state, *rest)
+
+    monkeypatch.setattr(own.engine, "forward", count)
+    worker = Worker(own, parallel=4, deterministic=True)
+    lazy_ready = threading.Event()
+    lazy = job_of(model.encode("lazy"), lazy_ready.set, room=4, max_new_tokens=60)
+    worker.submit(lazy)
+    until(lambda: not lazy.has_room)
+    ready = threading.Event()
+    eager = job_of(model.encode("eager"), ready.set, room=400, max_new_tokens=300)
+    worker.submit(eager)
+    # The lazy one comes back while the other is being written.
+    assert read(lazy, lazy_ready)[0] == model.generate("lazy", max_new_tokens=60, ignore_eos=True).text
+    assert read(eager, ready)[0] == model.generate("eager", max_new_tokens=300, ignore_eos=True).text
+    same = run_job(worker, model.encode("eager"), max_new_tokens=5)[2]
+    assert same.reused_tokens == 0
+    worker.close()
+    assert batches == {1}
+
+
 def test_a_closed_worker_ends_its_jobs_and_takes_no_more(model: Model) -> None:
     worker = Worker(load(model.bundle.folder), parallel=1, queue=1)
     jobs = [job_of([1, 2], room=1, max_new_tokens=1000) for _ in range(2)]

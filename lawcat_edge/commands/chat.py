@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lawcat_edge.commands.generate import SPECULATE_HELP, speculation
 from lawcat_edge.runtime.errors import LawcatError
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def chat(
     file: Annotated[
         Path | None, typer.Option(help="A UTF-8 text to read first; your first question is about it.")
     ] = None,
+    speculate: Annotated[str | None, typer.Option(help=SPECULATE_HELP)] = None,
     load_snapshot: Annotated[Path | None, typer.Option(help="Go on with this saved conversation.")] = None,
     history: Annotated[
         Path | None, typer.Option(help="Keep your questions in this file, for the arrow keys next time.")
@@ -82,7 +84,7 @@ def chat(
         "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
         "repetition_penalty": repetition_penalty, "seed": seed,
     }  # fmt: skip
-    chosen = {name: value for name, value in given.items() if value is not None}
+    chosen = {name: value for name, value in given.items() if value is not None} | speculation(speculate)
     options = {"max_new_tokens": max_new_tokens, **asdict(loaded.sampling_defaults()), **chosen}
     talk = _Conversation(loaded, system, options, rendered=at_terminal() and not plain)
     print(f"{loaded.bundle.manifest.name}: /help for help", file=sys.stderr)

@@ -16,6 +16,18 @@ if TYPE_CHECKING:
     from lawcat_edge.runtime import Context, Generation, Model
 
 MAX_TEXT_BYTES = 1 << 30
+SPECULATE_HELP = "Tokens drafted at most where the text repeats itself, or off; default: 8."
+
+
+def speculation(text: str | None) -> dict[str, int]:
+    """The option of ``Model.generate`` that --speculate asks for; none where it is not given."""
+    from lawcat_edge.runtime.draft import MOST_DRAFTED
+
+    if text is None:
+        return {}
+    if text != "off" and not (text.isdecimal() and len(text) < 3 and 1 <= int(text) <= MOST_DRAFTED):
+        raise LawcatError(f"--speculate must be from 1 to {MOST_DRAFTED} tokens, or off, not {text!r}.")
+    return {"speculate": 0 if text == "off" else int(text)}
 
 
 def read_text(path: Path) -> str:
@@ -36,6 +48,8 @@ def show_stats(stats: Any, stream: Any = None) -> None:
     parts.append(f"{stats.new_tokens:,} written")
     if stats.decode_tokens_per_second:
         parts[-1] += f" at {stats.decode_tokens_per_second:,.1f}/s"
+    if stats.drafted_tokens:
+        parts.append(f"{stats.accepted_tokens:,} of {stats.drafted_tokens:,} drafted accepted")
     parts.append(f"state {stats.state_bytes / 1e6:.1f} MB")
     if stats.peak_memory_bytes:
         parts.append(f"peak memory {stats.peak_memory_bytes / 1e6:,.0f} MB")
@@ -62,6 +76,7 @@ def generate(
     logprobs: Annotated[
         int | None, typer.Option(help="With --json: log-probabilities, and so many alternatives a token.")
     ] = None,
+    speculate: Annotated[str | None, typer.Option(help=SPECULATE_HELP)] = None,
     load_snapshot: Annotated[Path | None, typer.Option(help="Go on from this saved state.")] = None,
     save_snapshot: Annotated[Path | None, typer.Option(help="Save the state at the end here.")] = None,
     threads: Annotated[int | None, typer.Option(help="Processor threads; default: physical cores.")] = None,
@@ -104,7 +119,7 @@ def generate(
     options = {
         "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p,
         "min_p": min_p, "repetition_penalty": repetition_penalty, "seed": seed, "stop": stop or (),
-        "ignore_eos": ignore_eos, "logprobs": logprobs,
+        "ignore_eos": ignore_eos, "logprobs": logprobs, **speculation(speculate),
     }  # fmt: skip
     running = _start(loaded, prompt, chat, system, context, options, reading=document is not None)
     if running is None:

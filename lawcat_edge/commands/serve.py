@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from lawcat_edge.commands.generate import SPECULATE_HELP, speculation
 from lawcat_edge.runtime.errors import LawcatError
 
 
@@ -21,7 +22,7 @@ def serve(
         list[str] | None,
         typer.Option(help="Name the model answers to; may be repeated. Default: the bundle's."),
     ] = None,
-    parallel: Annotated[int, typer.Option(help="Answers written at the same time.")] = 4,
+    parallel: Annotated[int, typer.Option(help="Answers written at the same time.")] = 8,
     queue: Annotated[int, typer.Option(help="Requests that may wait; further ones get status 429.")] = 16,
     states: Annotated[int, typer.Option(help="States of texts kept for prompts that begin like them.")] = 8,
     max_tokens: Annotated[int, typer.Option(help="Longest answer a request may ask for.")] = 32768,
@@ -39,6 +40,13 @@ def serve(
             help="Host name that may be asked for beside localhost, as by a proxy; may be repeated."
         ),
     ] = None,
+    speculate: Annotated[str | None, typer.Option(help=SPECULATE_HELP)] = None,
+    deterministic: Annotated[
+        bool,
+        typer.Option(
+            "--deterministic", help="One answer at a time, from its beginning: the same to the last bit."
+        ),
+    ] = False,
     threads: Annotated[int | None, typer.Option(help="Processor threads; default: physical cores.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="Say where it listens as one JSON document.")] = False,
 ) -> None:
@@ -70,6 +78,8 @@ def serve(
         max_tokens=max_tokens,
         max_request_bytes=int(max_request_mb * (1 << 20)),
         api_key=api_key,
+        deterministic=deterministic,
+        **speculation(speculate),
         check_host=is_local(host) or bool(allowed_host),
         allowed_hosts=tuple(name.lower().removesuffix(".") for name in allowed_host or ()),
         cors=tuple(origin.strip().removesuffix("/") for origin in cors or ()),

@@ -106,11 +106,7 @@ class BundleModel:
 
     def prefill(self, ids: np.ndarray) -> tuple[np.ndarray, Any]:
         state = self.engine.new_state(len(ids))
-        logits = np.empty(0)
-        for start in range(0, ids.shape[1], self.engine.chunk):
-            piece = np.ascontiguousarray(ids[:, start : start + self.engine.chunk], np.int64)
-            logits = self.engine.forward(piece, state)
-        return logits, state
+        return self.engine.prefill(ids, state), state
 
     def step(self, ids: np.ndarray, state: Any) -> tuple[np.ndarray, Any]:
         return self.engine.forward(np.ascontiguousarray(ids[:, None], np.int64), state), state
