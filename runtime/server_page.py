@@ -13,8 +13,8 @@ from starlette.routing import Route
 
 FOLDER = Path(__file__).parent / "web" / "src"
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
-# Not those of the model in the browser, which need packages that npm fetches.
-FILES = ("index.html", "style.css", "page.js", "markdown.js", "store.js", "remote.js")
+# Not those of the model's thread in the browser, which need packages that npm fetches.
+FILES = ("index.html", "style.css", "page.js", "markdown.js", "store.js", "local.js", "remote.js")
 HEADERS = {
     "Content-Security-Policy": (
         "default-src 'self'; img-src data:; object-src 'none'; base-uri 'none'; frame-ancestors 'none'"

@@ -1,5 +1,7 @@
 // The page: conversations, shown as Markdown and kept in the browser. Answers come from the server that shows the page
 // (remote.js) or from a bundle that runs in the page itself (local.js). `lawcat` on window is for programs and tests.
+import { Local } from "./local.js";
+import { Remote } from "./remote.js";
 import { Conversations, titleOf } from "./store.js";
 import { parse, toDom } from "./markdown.js";
 
@@ -12,8 +14,8 @@ const IDEAS = [
 ];
 
 const kept = new Conversations();
-const remote = ofServer ? new (await import("./remote.js")).Remote() : null;
-const local = ofServer ? null : new (await import("./local.js")).Local(showProgress);
+const remote = ofServer ? new Remote() : null;
+const local = ofServer ? null : new Local(showProgress);
 let defaults = {}; // how tokens are chosen where the settings say nothing; the server knows its own
 let current = { id: newId(), messages: [] };
 let ready = false;
@@ -187,9 +189,9 @@ async function say(message, options) {
   document.body.classList.add("writing");
   const { id } = current;
   let text = "";
-  let drawn = false;
+  let waiting = 0; // for the next frame
   const draw = () => {
-    drawn = false;
+    waiting = 0;
     const talk = by("talk");
     const atEnd = talk.scrollHeight - talk.scrollTop - talk.clientHeight < 60;
     write(line, text);
@@ -202,8 +204,7 @@ async function say(message, options) {
       text += piece;
       // Drawn once a frame, however fast the pieces come; each is seen in data-source.
       line.dataset.source = text;
-      if (!drawn) requestAnimationFrame(draw);
-      drawn = true;
+      waiting ||= requestAnimationFrame(draw);
     });
     if (result.stats) {
       const { promptTokens, newTokens, contextTokens, prefillTokensPerSecond, decodeTokensPerSecond } = result.stats;
@@ -221,6 +222,7 @@ async function say(message, options) {
     throw error;
   } finally {
     line.classList.remove("waiting");
+    cancelAnimationFrame(waiting);
     write(line, text);
     if (line.classList.contains("assistant")) {
       addCopy(line);
@@ -338,7 +340,15 @@ for (const idea of IDEAS) {
   by("ideas").append(button);
 }
 
-window.lawcat = { ask, load, say };
+window.lawcat = {
+  ask(action, details, onPiece) {
+    // A program that changes what the model stands in has the word: the conversation shown is not read again.
+    if (["restore", "reset", "generate"].includes(action)) loadedConversation = current.id;
+    return ask(action, details, onPiece);
+  },
+  load,
+  say,
+};
 if (kept.list.length) showConversation(kept.list[0]);
 else listConversations();
 if (ofServer) {
