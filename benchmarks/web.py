@@ -97,10 +97,15 @@ def drive(
         for name, path in bundles.items():
             (site / name).symlink_to(path.resolve())
         with serve(site) as address:
-            done = subprocess.run(
-                ["node", str(built / "test" / "drive.mjs"), chromium(), address],
-                input=json.dumps(jobs), capture_output=True, text=True, timeout=timeout,
-            )  # fmt: skip
+            return drive_at(built, address, jobs, timeout)
+
+
+def drive_at(built: Path, address: str, jobs: list[list[Any]], timeout: float = 1200) -> dict[str, Any]:
+    """The same with the page at an address."""
+    done = subprocess.run(
+        ["node", str(built / "test" / "drive.mjs"), chromium(), address],
+        input=json.dumps(jobs), capture_output=True, text=True, timeout=timeout,
+    )  # fmt: skip
     if done.returncode:
         raise RuntimeError(f"the browser failed: {done.stderr[-2000:]}")
     return {**json.loads(done.stdout.splitlines()[-1]), "log": done.stderr}

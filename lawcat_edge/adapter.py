@@ -44,6 +44,7 @@ INSTALLED = Path(__file__).parent / "adapters"
 GENERAL = "smollm2-135m-general"
 GENERATION_CONFIG = "generation_config.json"
 MAX_BYTES = 1 << 33
+LITTLE_TOKENS = 1_000_000  # the published adapters were trained on millions
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,22 @@ class Adapter:
         hybrid = replace(self, config=config)
         kept = hybrid.expected_shapes()
         return replace(hybrid, tensors={name: x for name, x in self.tensors.items() if name in kept})
+
+    @property
+    def trained_tokens(self) -> int | None:
+        """Tokens of all stages that trained it, as its config says; None where it does not."""
+        stages = self.training.get("stages")
+        stages = stages.values() if isinstance(stages, dict) else ()
+        counts = [stage.get("tokens") for stage in stages if isinstance(stage, dict)]
+        known = [count for count in counts if type(count) is int]
+        return sum(known) if known else None
+
+    def warning(self) -> str | None:
+        """What a user should know before trusting it, if it was trained on next to nothing."""
+        tokens = self.trained_tokens
+        if tokens is None or tokens >= LITTLE_TOKENS:
+            return None
+        return f"trained on {tokens:,} tokens only, below {LITTLE_TOKENS:,}: it will hardly write sense"
 
     def expected_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor this adapter must hold, with its shape."""

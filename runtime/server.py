@@ -35,6 +35,7 @@ from lawcat_edge.runtime.errors import BundleFault, LawcatError
 from lawcat_edge.runtime.model import Model
 from lawcat_edge.runtime.server_answer import Answer
 from lawcat_edge.runtime.server_gate import Gate, error_response, is_local, read_request
+from lawcat_edge.runtime.server_page import page_routes
 from lawcat_edge.runtime.server_replies import model_json
 from lawcat_edge.runtime.server_requests import (
     PLAIN,
@@ -104,6 +105,7 @@ def create_app(model: Model, options: Options = Options()) -> Starlette:
             Route("/v1/models", service.models),
             Route("/v1/models/{name:path}", service.one_model),
             Route("/health", service.health),
+            *page_routes(),
         ],
         middleware=middleware,
         exception_handlers={HTTPException: _http_error, Exception: _bug},

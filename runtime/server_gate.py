@@ -12,6 +12,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from lawcat_edge.runtime.server_page import PATHS
 from lawcat_edge.runtime.server_replies import error_json
 from lawcat_edge.runtime.server_requests import BadRequest
 
@@ -64,7 +65,7 @@ class Gate:
         if self.check_host and not _is_own_name(request.headers.get("host", ""), self.allowed_hosts):
             message = "This server does not answer to this host name; start it with --allowed-host NAME."
             return error_response(message, 403, code="invalid_host")
-        if self.api_key is not None and request.url.path != "/health":
+        if self.api_key is not None and request.url.path not in {"/health", *PATHS}:
             scheme, _, key = request.headers.get("authorization", "").partition(" ")
             given = key.strip() if scheme.lower() == "bearer" else ""
             # HTTP's headers are bytes, which starlette reads as latin-1.

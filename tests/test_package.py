@@ -96,6 +96,8 @@ def test_the_wheel_holds_every_source_file_and_nothing_else(wheel: Path) -> None
         "lawcat_config.json",
     ):
         wanted.add(f"lawcat_edge/{ADAPTER}/{name}")  # and no pictures, no log
+    page = ROOT / "runtime" / "web" / "src"
+    wanted |= {f"lawcat_edge/runtime/web/src/{path.name}" for path in page.iterdir()}
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
         (licence,) = (name for name in archive.namelist() if name.endswith("/LICENSE"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import signal
@@ -730,3 +731,20 @@ def test_a_port_in_use_is_named() -> None:
     listener.close()
     with pytest.raises(LawcatError, match="65535"):
         listen("127.0.0.1", 70_000)
+
+
+def test_the_page_is_open_and_the_rest_needs_the_key(folder: Path) -> None:
+    with running(folder, api_key="secret") as server:
+        for path, kind in (("/", "text/html"), ("/page.js", "text/javascript"), ("/style.css", "text/css")):
+            connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+            connection.request("GET", path)
+            response = connection.getresponse()
+            body = response.read().decode()
+            connection.close()
+            assert response.status == 200
+            assert response.headers["Content-Type"].startswith(kind)
+            assert "default-src 'self'" in response.headers["Content-Security-Policy"]
+            assert path != "/" or 'name="lawcat-answers" content="server"' in body
+        assert server.raw("GET", "/v1/models")[0] == 401
+        assert server.raw("GET", "/worker.js")[0] in (401, 404)  # the page's own model is not for it
+        assert server.raw("GET", "/", Host="evil.example")[0] == 403

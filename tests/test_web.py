@@ -8,11 +8,14 @@ from __future__ import annotations
 import base64
 import importlib.util
 import json
+import re
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+from served import running
 from tiny_bundle import build_tiny_bundle
 
 from lawcat_edge.adapter import GENERAL
@@ -226,6 +229,12 @@ def test_real_bundle_gives_the_same_tokens(built, tmp_path):
         "--ops",
         "portable",
         "--no-verify",
+        "--temperature",
+        "0",
+        "--min-p",
+        "0",
+        "--repetition-penalty",
+        "1",
         "--out",
         str(bundle),
     ]
@@ -261,3 +270,150 @@ def test_real_bundle_gives_the_same_tokens(built, tmp_path):
     # Only the new message was read, after a turn here and after a restore.
     assert found[6].startswith(f"{turn.stats.prompt_tokens} tokens read")
     assert found[9].startswith(f"{turn.stats.prompt_tokens} tokens read")
+
+
+def source(role: str) -> str:
+    """What the last message of a role was written as, in the page."""
+    return f"return [...document.querySelectorAll('#talk .{role}')].at(-1)?.dataset.source"
+
+
+def test_conversations_survive_a_reload(built, bundles):
+    """In the page's model: the next answer is that of a model which had the whole conversation."""
+    model = Model.load(bundles["hybrid"], threads=1)
+    first = model.chat("Hello", max_new_tokens=1).text  # one token: of more the text need not be exact
+    again = Model.load(bundles["hybrid"], threads=1)
+    talk = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": first}]
+    second = again.chat([*talk, {"role": "user", "content": "And then?"}], max_new_tokens=24).text
+    most = "document.getElementById('most').value = {};"
+    jobs = [
+        ["eval", LOAD.format("hybrid") + most.format(1)],
+        ["say", "Hello"],
+        ["reload"],
+        ["eval", source("assistant")],
+        ["eval", LOAD.format("hybrid") + most.format(24)],
+        ["say", "And then?"],
+        ["click", "#reset"],
+        ["eval", "return document.querySelectorAll('#talk > *').length"],
+        ["click", "#conversations .name"],
+        ["eval", source("assistant")],
+        ["click", "#conversations .remove"],
+        ["reload"],
+        ["eval", "return document.querySelectorAll('#talk > *').length"],
+    ]
+    found = ok(web.drive(built, jobs, bundles))
+    assert (found[1]["text"], found[3], found[5]["text"], found[9]) == (first, first, second, second)
+    assert (found[7], found[12]) == (0, 0)
+
+
+def test_the_page_of_the_server(built, bundles, tmp_path):
+    """Without a build: it asks for the key, answers, keeps the conversation, and fits a phone."""
+    model = Model.load(bundles["plain"], threads=1)
+    first = model.chat("Hello", max_new_tokens=24).text
+    wide = "return document.documentElement.scrollWidth"
+    shown = "return getComputedStyle(document.getElementById('menu')).display"
+    jobs: list[list[Any]] = [
+        ["size", 375, 720],
+        ["wait", "document.getElementById('options').open"],  # asks for the key
+        ["eval", "document.getElementById('key').value = 'secret'"],
+        ["click", "#options button.main"],
+        ["wait", "!document.getElementById('send').disabled"],
+        ["eval", "for (const [id, value] of [['most', 24], ['temperature', 0]])"
+                 " document.getElementById(id).value = value"],
+        ["say", "Hello"],
+        ["text", "#about"],
+        ["eval", wide],
+        ["eval", shown],
+        ["reload"],
+        ["wait", "!document.getElementById('send').disabled"],
+        ["eval", source("assistant")],
+        ["size", 1280, 800],
+        ["eval", wide],
+        ["eval", shown],
+        ["say", "More"],
+        ["text", "#stats"],
+    ]  # fmt: skip
+    with running(bundles["plain"], api_key="secret") as server:
+        found = ok(web.drive_at(built, f"http://127.0.0.1:{server.port}/", jobs))
+    assert (found[6]["text"], found[12]) == (first, first)
+    assert found[6]["pieces"] > 3
+    assert found[7].startswith("tiny, on the machine")
+    assert (found[8], found[9], found[14], found[15]) == (375, "block", 1280, "none")
+    assert "in the conversation" in found[17]
+
+
+MARKDOWN = [
+    "plain *em* **strong** ***both*** `code` ~~gone~~ _under_ snake_case_name 2*3*4 x * y",
+    "# One\n## Two ##\nText\n### Three\n\n---\n***\n",
+    "- a\n- b\n  - c\n    1. d\n- e\n\n3. three\n4. four\n",
+    "1. one\n\n   more of one\n\n2. two\n",
+    "- loose\n\n- items\n",
+    "```python\na < b & c  # *not*\n\n    x\n```\nafter\n",
+    "> quoted **text**\n> goes on\n>\n> - and a list\n\nout\n",
+    "| a | b | c |\n|---|:-:|--:|\n| 1 | `2` | *3* |\n| 4 \\| 5 | 6 |\n\nend\n",
+    "[a link](https://example.org/a_(b)) and <https://example.org> and \\*not\\*",
+    "two  \nlines\\\nand `` a ` b ``\nsoft",
+    "**open and *nested* in it** **open",
+    "Numbers 1986. A line\n1986. not a list\n* a list\n",
+    "a_b_c __init__ **bold**text",
+]
+
+
+@pytest.mark.parametrize("text", MARKDOWN)
+def test_markdown_is_commonmark(text):
+    """Against markdown-it, on what models write; and nothing becomes HTML that was HTML."""
+    from markdown_it import MarkdownIt
+
+    theirs = MarkdownIt("commonmark", {"html": False}).enable(["table", "strikethrough"]).render(text)
+    assert squeezed(markdown(text)) == squeezed(theirs)
+
+
+def test_markdown_makes_no_scripts_and_ends():
+    html = markdown(
+        "<script>alert(1)</script> [x](javascript:alert(1)) <img src=x onerror=y> [y](data:text/html,z)"
+    )
+    assert "<script" not in html
+    assert "<img" not in html
+    assert "<a" not in html
+    for text in (
+        "*" * 20_000,
+        "> " * 5_000 + "x",
+        "- " * 5_000,
+        "[" * 20_000,
+        "`" * 20_001 + "a",
+        "**a " * 3_000,
+    ):
+        markdown(text)
+
+
+def markdown(text: str) -> str:
+    """The HTML of the page's own Markdown, through node."""
+    if shutil.which("node") is None:
+        pytest.skip("node is missing")
+    module = (ROOT / "runtime" / "web" / "src" / "markdown.js").as_uri()
+    script = f"""
+import {{ parse }} from "{module}";
+import {{ readFileSync }} from "node:fs";
+const escape = (text) => text.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;")
+    .replaceAll('"', "&quot;");
+const html = (nodes) => nodes.map((node) => {{
+  if (typeof node === "string") return escape(node);
+  const given = Object.entries(node.attributes).map(([name, value]) => ` ${{name}}="${{escape(value)}}"`);
+  const open = given.join("");
+  if (["br", "hr"].includes(node.tag)) return `<${{node.tag}} />`;
+  return `<${{node.tag}}${{open}}>${{html(node.children)}}</${{node.tag}}>`;
+}}).join("");
+console.log(html(parse(readFileSync(0, "utf-8"))));
+"""
+    done = subprocess.run(
+        ["node", "--input-type=module", "-e", script], input=text, capture_output=True, text=True, timeout=20
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def squeezed(html: str) -> str:
+    """Without the line breaks between blocks, and with the side of a table's column as a class."""
+    html = re.sub(r' style="text-align:(\w+)"', r' class="\1"', html)
+    return re.sub(
+        r"\s*(</?(?:p|ul|ol|li|pre|blockquote|table|thead|tbody|tr|th|td|h\d|hr|br)\b[^>]*>)\s*", r"\1", html
+    ).strip()

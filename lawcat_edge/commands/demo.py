@@ -63,7 +63,7 @@ def demo(
         adapter = adapter_folder(GENERAL)
         _say(f"2/4  adapter: {GENERAL}, trained and published with this package")
     bundle = out / "bundle"
-    _export(teacher, adapter, bundle)
+    _export(teacher, adapter, bundle, name=None if from_scratch else GENERAL)
     _say("4/4  verify, and ask")
     verify(bundle)
     answer = _ask(bundle, prompt, show=not json_)
@@ -126,7 +126,7 @@ def _distil(teacher: Any, adapter: Path) -> None:
         )
 
 
-def _export(teacher: Any, adapter: Path, bundle: Path) -> None:
+def _export(teacher: Any, adapter: Path, bundle: Path, name: str | None) -> None:
     from lawcat_edge.adapter import Adapter
     from lawcat_edge.commands.export import export
     from lawcat_edge.runtime.bundle import Bundle
@@ -148,7 +148,7 @@ def _export(teacher: Any, adapter: Path, bundle: Path) -> None:
             adapter=adapter,
             scheme="int8",
             ops="ort",
-            name=None,
+            name=name,
             verify=True,
             overwrite=True,
             json_=False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -139,6 +140,8 @@ def distill(
     source = resolve(teacher)
     if base is not None:
         base.check_teacher(source)
+    if is_main_process():
+        print(plan(settings, base, source.sha256), file=sys.stderr)
     with training_progress(shown=is_main_process()) as progress:
         adapter = run(
             source, data or [], out, settings, start_from=base, resume=resume, fresh=fresh, report=progress,
@@ -154,6 +157,31 @@ def distill(
                 f"{name}: {facts['tokens']:,} tokens in {facts['seconds']:,.0f} s, loss {facts['loss']:.4g}"
             )
         print(f"The adapter is in {out}. Next: lawcat-edge export {teacher} --adapter {out} --out bundle")
+
+
+def plan(settings: Any, base: Adapter | None, teacher_sha256: str) -> str:
+    """What will be trained, and whether it is too little; said before anything is.
+
+    The time it takes comes with the progress, from the speed of the first steps.
+    """
+    from lawcat_edge.adapter import GENERAL, LITTLE_TOKENS, adapter_folder
+    from lawcat_edge.runtime.files import read_json
+
+    stages = {"transfer": settings.transfer_tokens, "finetune": settings.finetune_tokens}
+    if settings.stage != "both":
+        stages = {name: count for name, count in stages.items() if name == settings.stage}
+    total = sum(stages.values())
+    said = ", ".join(f"{name} {count:,}" for name, count in stages.items())
+    lines = [f"Training on {total:,} tokens ({said}); the time it takes follows after the first steps."]
+    if base is None and total < LITTLE_TOKENS:
+        lines.append(
+            f"That is too little for a model that writes well: below {LITTLE_TOKENS:,} tokens it proves that "
+            "the parts work, no more. Give more text and a larger --tokens."
+        )
+    config = adapter_folder(GENERAL) / "lawcat_config.json"
+    if base is None and config.is_file() and read_json(config).get("teacher_sha256") == teacher_sha256:
+        lines.append(f"A trained adapter of this teacher comes with the package: --start-from {GENERAL}")
+    return "\n".join(lines)
 
 
 def _begun(adapter: Adapter, changes: dict[str, Any]) -> Adapter:

@@ -138,6 +138,7 @@ def export(
             sampling=sampling,
             **needed,
         )
+    report["warning"] = loaded.warning() if loaded is not None else "no adapter: an untrained conversion"
     if push is not None:
         from lawcat_edge.export.push import push as upload
 
@@ -154,6 +155,8 @@ def export(
                 f"{flavour} against torch: relative error {parity['rel_err']:.1e}, KL {parity['kl']:.1e}, "
                 f"same best token {parity['top1']:.1%}"
             )
+    if report["warning"]:
+        print(f"WARNING: {report['warning']}")
     if push is not None:
         print(f"pushed: {report['pushed']}")
 

@@ -86,6 +86,8 @@ def _adapter(folder: Path) -> dict[str, Any]:
         "sha256": adapter.sha256,
         "source": {"teacher": adapter.teacher, "teacher_sha256": adapter.teacher_sha256},
         "lawcat": config,
+        "trained_tokens": adapter.trained_tokens,
+        "warning": adapter.warning(),
         "lora": None if adapter.lora is None else adapter.lora.to_dict(),
         "geometry": geometry,
         "parameters": int(sum(tensor.size for tensor in adapter.tensors.values())),
@@ -129,6 +131,8 @@ def _show(document: dict[str, Any]) -> None:
             )
     else:
         print(f"  adds      {document['parameters']:,} parameters")
+        if document["warning"]:
+            print(f"  WARNING   {document['warning']}")
     print(f"  state     {describe_state(document['state_bytes'])}")
     print(f"  files     {document['bytes'] / 1e6:,.1f} MB")
     for name, size in sorted(document["files"].items(), key=lambda item: -item[1]):

@@ -16,22 +16,35 @@ class TrainingProgress:
 
     def __init__(self, bar: Any | None) -> None:
         self.bar, self.stage, self.task, self.last, self.began = bar, "", None, 0.0, (0.0, 0)
+        self.told, self.first = False, 0
 
     def __call__(self, record: dict[str, Any]) -> None:
         now = time.monotonic()
         if record["stage"] != self.stage:
             self.stage, self.began = record["stage"], (now, record.get("tokens", 0))
+            self.told, self.first = False, record["step"]
             if self.bar is not None:
                 self.task = self.bar.add_task(self.stage, total=record["steps"], info="")
         seconds, tokens = now - self.began[0], record.get("tokens", 0) - self.began[1]
         info = f"loss {record['loss']:.4g}" if "loss" in record else ""
         if seconds > 0 and tokens:
             info += f" · {tokens / seconds:,.0f} tokens/s"
+        if not self.told and record["step"] >= 3 and seconds > 0 and tokens:
+            self.told = True
+            left = (record["steps"] - record["step"]) * seconds / max(record["step"] - self.first, 1)
+            print(f"{self.stage}: about {duration(left)} at this speed", file=sys.stderr, flush=True)
         if self.bar is not None:
             self.bar.update(self.task, completed=record["step"], info=info)
         elif now - self.last > QUIET_SECONDS or record["step"] >= record["steps"]:
             self.last = now
             print(f"{self.stage} {record['step']}/{record['steps']} {info}", file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """A time as people say it: 40 s, 12 min, 3.5 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 @contextmanager

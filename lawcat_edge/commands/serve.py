@@ -50,7 +50,7 @@ def serve(
     threads: Annotated[int | None, typer.Option(help="Processor threads; default: physical cores.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="Say where it listens as one JSON document.")] = False,
 ) -> None:
-    """Serve MODEL with OpenAI's API: /v1/chat/completions, /v1/completions, /v1/models.
+    """Serve MODEL: a page to talk with it, and OpenAI's API below /v1.
 
     Ends on Ctrl-C or SIGTERM, giving answers under way a few seconds.
 
@@ -91,6 +91,11 @@ def serve(
         if json_:
             print(json.dumps({"url": url, "models": names}), flush=True)
         else:
-            print(f"Serving {', '.join(names)} on {url} (Ctrl-C ends it)", file=sys.stderr, flush=True)
+            page = url.removesuffix("/v1")
+            print(
+                f"Serving {', '.join(names)} on {url}\nA page to talk with it: {page}/ (Ctrl-C ends it)",
+                file=sys.stderr,
+                flush=True,
+            )
 
     run(loaded, options, host, port, ready)

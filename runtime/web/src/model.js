@@ -47,6 +47,12 @@ export class Model {
     this.context = { state: this.engine.newState(), tokens: [], messages: [], mark: null, hasBase: false };
   }
 
+  /** Stand in a conversation of earlier: it is read with the next message. */
+  resume(messages) {
+    this.reset();
+    this.context.messages = messages;
+  }
+
   encode(text, special) {
     return this.tokenizer.encode(text, { add_special_tokens: special }).ids;
   }

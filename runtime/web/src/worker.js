@@ -38,6 +38,7 @@ const actions = {
       flavour: used,
       checked: sha256 !== null,
       chat: Boolean(model.template),
+      defaults: model.defaults,
       stateBytes: mostBytes(manifest),
       seconds: (performance.now() - begin) / 1000,
     };
@@ -47,6 +48,7 @@ const actions = {
   encode: ({ text }) => model.encode(text, true),
   verify: () => model.verify(),
   reset: () => model.reset(),
+  resume: ({ messages }) => model.resume(messages),
   snapshot: () => model.snapshot(),
   async restore({ bytes }) {
     await model.restore(bytes);

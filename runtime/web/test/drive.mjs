@@ -5,7 +5,7 @@
 // A job is ["eval", SOURCE] (an async function body run in the page; its result comes back), or
 // ["say", TEXT] (typed into the form and sent as a user does; the answer's text comes back, once whole, with
 // the number of pieces it came in), or ["text", SELECTOR], ["click", SELECTOR], ["files", SELECTOR, PATHS...],
-// ["wait", SOURCE] (until the expression is true).
+// ["wait", SOURCE] (until the expression is true), ["reload"], ["size", WIDTH, HEIGHT], ["picture", PATH].
 import { readFileSync } from "node:fs";
 import puppeteer from "puppeteer-core";
 
@@ -35,6 +35,18 @@ try {
       await page.waitForFunction(source);
       return true;
     },
+    async reload() {
+      await page.reload();
+      return true;
+    },
+    async size(width, height) {
+      await page.setViewport({ width, height });
+      return true;
+    },
+    async picture(path) {
+      await page.screenshot({ path });
+      return true;
+    },
     text: (selector) => page.$eval(selector, (element) => element.textContent),
     click: (selector) => page.$eval(selector, (element) => element.click()),
     files: async (selector, ...paths) => (await page.$(selector)).uploadFile(...paths),
@@ -43,12 +55,15 @@ try {
         window.seen = [];
         new MutationObserver(() => {
           const last = document.querySelector("#talk .assistant:last-child");
-          if (last && last.textContent !== window.seen.at(-1)) window.seen.push(last.textContent);
-        }).observe(document.getElementById("talk"), { childList: true, characterData: true, subtree: true });
+          if (last && last.dataset.source !== window.seen.at(-1)) window.seen.push(last.dataset.source);
+        }).observe(document.getElementById("talk"), {
+          childList: true, subtree: true, attributes: true, attributeFilter: ["data-source"],
+        });
       });
       await page.type("#message", text);
       await page.keyboard.press("Enter");
       await page.waitForFunction(() => !document.getElementById("send").disabled);
+      await page.evaluate(() => 0); // the observer's last turn
       return page.evaluate(() => ({ text: window.seen.at(-1), pieces: window.seen.length }));
     },
   };
