@@ -3,7 +3,7 @@
     python benchmarks/clients.py BUNDLE [--clients 1,2,4,8] [--tokens 128] [--prompt-tokens 128] [--threads 2]
 
 Every client streams its answers over a connection of its own. Speculation is off: it would make the one alone
-faster. The numbers of clients take turns, `--rounds` times, so that all see the same machine; what is given is
+faster. The numbers of clients take turns, `--rounds` times, so that all see the same machine; given is
 the best round. The last line is JSON.
 """
 
