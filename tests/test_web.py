@@ -417,3 +417,14 @@ def squeezed(html: str) -> str:
     return re.sub(
         r"\s*(</?(?:p|ul|ol|li|pre|blockquote|table|thead|tbody|tr|th|td|h\d|hr|br)\b[^>]*>)\s*", r"\1", html
     ).strip()
+
+
+def test_the_node_example_writes_the_runners_tokens(built, bundles):
+    for name in ("plain", "hybrid"):
+        command = ["node", "node/chat.mjs", str(bundles[name]), "Hello", "24"]
+        done = subprocess.run(command, cwd=built, capture_output=True, timeout=120)
+        if b"Cannot find package 'onnxruntime-node'" in done.stderr:
+            pytest.skip("onnxruntime-node is missing; run npm ci")
+        assert done.returncode == 0, done.stderr
+        expected = Model.load(bundles[name], threads=1).chat("Hello", max_new_tokens=24).text
+        assert done.stdout.decode() == expected + "\n"

@@ -20,7 +20,7 @@ export class Engine {
     for (const path of bundle.weights) externalData.push({ path, data: await bundle.read(path, progress) });
     try {
       engine.session = await ort.InferenceSession.create(graph, {
-        executionProviders: ["wasm"],
+        executionProviders: bundle.source.providers ?? ["wasm"],
         externalData,
         enableMemPattern: false, // one is kept for every length of text that occurs
         logSeverityLevel: 3,
