@@ -91,7 +91,7 @@ class DistillSettings:
     window_scaling: str = "softmax"
     full_attention: str = "none"
     span: int = 0
-    ranking_tokens: int = 4096
+    ranking_tokens: int = 2048
     rope: bool = False
     precision: str = "auto"
     backend: str = "auto"
