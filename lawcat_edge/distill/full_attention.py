@@ -7,7 +7,6 @@ keeps the one that leaves the least KL to the teacher at positions past the wind
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -172,6 +171,8 @@ def plot_ranking(ranking: dict[str, Any]) -> bytes:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    from lawcat_edge.distill.plots import png
+
     figure, axis = plt.subplots(figsize=(7, 4))
     axis.axhline(ranking["start"], color="grey", lw=0.8, ls="--", label="no full-attention layer")
     for n, (row, layer) in enumerate(zip(ranking["rounds"], ranking["layers"], strict=True)):
@@ -183,8 +184,4 @@ def plot_ranking(ranking: dict[str, Any]) -> bytes:
         xlabel="layer given back its softmax attention", ylabel="KL to the teacher past the window, nats"
     )
     axis.legend()
-    figure.tight_layout()
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=110)
-    plt.close(figure)
-    return out.getvalue()
+    return png(figure)

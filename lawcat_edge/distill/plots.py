@@ -31,6 +31,13 @@ def plot_run(records: list[dict[str, Any]]) -> bytes:
             axis.plot(range(len(record["layers"])), record["layers"], marker=".", label=name)
         axis.set(title="transfer error by layer", xlabel="layer", ylabel="mean squared error", yscale="log")
         axis.legend()
+    return png(figure)
+
+
+def png(figure: Any) -> bytes:
+    """The figure as a PNG; it is closed."""
+    import matplotlib.pyplot as plt
+
     figure.tight_layout()
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=110)
