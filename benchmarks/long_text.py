@@ -29,10 +29,10 @@ from typing import Any
 import numpy as np
 
 from lawcat_edge.runtime import Bundle, Engine
-from lawcat_edge.runtime.bundle import TOKENIZER
-from lawcat_edge.runtime.engine import State
-from lawcat_edge.runtime.stats import peak_memory, resident_memory
-from lawcat_edge.runtime.text import Tokenizer
+from lawcat_edge.runtime.bundle.manifest import TOKENIZER
+from lawcat_edge.runtime.engine.session import State
+from lawcat_edge.runtime.generate.stats import peak_memory, resident_memory
+from lawcat_edge.runtime.generate.text import Tokenizer
 
 FLAT = 0.95  # least speed at a mark, as a part of that at the first
 ROOT = Path(__file__).parent.parent

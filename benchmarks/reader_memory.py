@@ -21,8 +21,8 @@ from pathlib import Path
 
 import tokenizers
 
-from lawcat_edge.distill.data import sequences
-from lawcat_edge.evaluate.words import ADJECTIVES, NOUNS
+from lawcat_edge.data.mix import sequences
+from lawcat_edge.data.tasks.words import ADJECTIVES, NOUNS
 
 WORDS = (*ADJECTIVES, *NOUNS)
 

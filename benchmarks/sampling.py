@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from lawcat_edge.runtime import Model
-from lawcat_edge.runtime.sampling import SamplingOptions
+from lawcat_edge.runtime.generate.sampling import SamplingOptions
 
 QUESTIONS = """\
 What can I cook with eggs, rice and spinach?

@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 
 from lawcat_edge.adapter import Adapter
+from lawcat_edge.calibration.comparison.measure import Progress
+from lawcat_edge.calibration.comparison.settings import Named, spread
 from lawcat_edge.calibration.gptq import Gptq
-from lawcat_edge.calibration.measure import Progress
-from lawcat_edge.calibration.moments import Moments
+from lawcat_edge.calibration.hessian import Moments
 from lawcat_edge.calibration.ranges import ROTATED, Ranges, measure_ranges
-from lawcat_edge.calibration.settings import Named, spread
 from lawcat_edge.config import LawcatConfig
-from lawcat_edge.distill.readers import expand
+from lawcat_edge.data.readers import expand
 from lawcat_edge.evaluate.lm import load_tokenizer
 from lawcat_edge.export.exporter import export_bundle
 from lawcat_edge.export.schemes import SCHEMES, Product, Scheme

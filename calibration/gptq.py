@@ -15,7 +15,7 @@ import json
 
 import numpy as np
 
-from lawcat_edge.calibration.moments import Moments
+from lawcat_edge.calibration.hessian import Moments
 from lawcat_edge.calibration.ranges import text_sha256
 from lawcat_edge.export.rounding import Codes, Rounder, bounds, grid
 from lawcat_edge.export.schemes import Product

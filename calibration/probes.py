@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lawcat_edge.runtime import rotary
-from lawcat_edge.runtime.bundle import Bundle
+from lawcat_edge.runtime.bundle.manifest import Bundle
+from lawcat_edge.runtime.engine import rotary
+from lawcat_edge.runtime.engine.state import State
 from lawcat_edge.runtime.errors import LawcatError
-from lawcat_edge.runtime.state import State
 
 _PRODUCT = re.compile(r"(layers\.\d+/(?:qkv|o|gate_up|down)|head)")
 

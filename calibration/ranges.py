@@ -24,7 +24,7 @@ import numpy as np
 
 from lawcat_edge.calibration.histogram import Histogram
 from lawcat_edge.calibration.probes import Probed
-from lawcat_edge.runtime.bundle import Bundle
+from lawcat_edge.runtime.bundle.manifest import Bundle
 from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.runtime.files import read_json, write_json
 

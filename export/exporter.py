@@ -29,11 +29,17 @@ from lawcat_edge.export.verify import Agreement, Reference, verify_folder
 from lawcat_edge.export.writer import DATA, JOURNAL, DataWriter
 from lawcat_edge.families import Geometry
 from lawcat_edge.parameters import initial_tensors, parameter_shapes
-from lawcat_edge.runtime.bundle import MANIFEST, Manifest, expected_spans, expected_state, write_manifest
+from lawcat_edge.runtime.bundle.manifest import (
+    MANIFEST,
+    Manifest,
+    expected_spans,
+    expected_state,
+    write_manifest,
+)
+from lawcat_edge.runtime.bundle.signature import SIGNATURE, sign
+from lawcat_edge.runtime.engine.state import slack
 from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.runtime.files import FileLock, atomic_folder, write_json
-from lawcat_edge.runtime.signature import SIGNATURE, sign
-from lawcat_edge.runtime.state import slack
 from lawcat_edge.weights import MergedWeights, WeightSource, check_shapes
 
 FLAVOURS = ("ort", "onnx", "portable")

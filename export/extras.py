@@ -9,9 +9,9 @@ from typing import Any
 
 from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.runtime.files import read_bytes, read_json, write_json, write_text
-from lawcat_edge.runtime.sampling import sampling_defaults
-from lawcat_edge.runtime.template import ChatTemplate
-from lawcat_edge.runtime.text import MAX_TOKENIZER, load_tokenizer, special_tokens
+from lawcat_edge.runtime.generate.sampling import sampling_defaults
+from lawcat_edge.runtime.generate.text import MAX_TOKENIZER, load_tokenizer, special_tokens
+from lawcat_edge.runtime.template.chat import ChatTemplate
 
 MAX_TEMPLATE = 1 << 20
 

@@ -23,8 +23,8 @@ from lawcat_edge.export.builder import GraphBuilder
 from lawcat_edge.export.layout import Layout
 from lawcat_edge.export.stitch import Interface, dims, layer_and_kind
 from lawcat_edge.families import Geometry
-from lawcat_edge.runtime import rotary
-from lawcat_edge.runtime.engine import PORTABLE_CHUNK, default_chunk
+from lawcat_edge.runtime.engine import rotary
+from lawcat_edge.runtime.engine.session import PORTABLE_CHUNK, default_chunk
 
 GRAPH = "model_genai.onnx"
 

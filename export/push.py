@@ -8,10 +8,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from lawcat_edge.runtime.bundle import MANIFEST, Bundle, describe_state, state_sizes
+from lawcat_edge.runtime.bundle.hub import check_name
+from lawcat_edge.runtime.bundle.manifest import MANIFEST, Bundle, describe_state, state_sizes
+from lawcat_edge.runtime.bundle.signature import SIGNATURE
 from lawcat_edge.runtime.errors import LawcatError
-from lawcat_edge.runtime.hub import check_name
-from lawcat_edge.runtime.signature import SIGNATURE
 
 CARD = "README.md"
 

@@ -11,7 +11,7 @@ from lawcat_edge.export import products
 from lawcat_edge.export.builder import GraphBuilder
 from lawcat_edge.export.layout import Layout
 from lawcat_edge.export.trace import OPSET, Template
-from lawcat_edge.runtime.bundle import StateTensor, expected_spans, expected_state
+from lawcat_edge.runtime.bundle.manifest import StateTensor, expected_spans, expected_state
 
 SLOTS = {"window": "W", "full": "S"}  # names of the dimensions along which buffers grow
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from lawcat_edge.export import genai
-from lawcat_edge.runtime.bundle import Bundle, Parity
-from lawcat_edge.runtime.engine import Engine
+from lawcat_edge.runtime.bundle.manifest import Bundle, Parity
+from lawcat_edge.runtime.bundle.verify import pieces_for
+from lawcat_edge.runtime.engine.session import Engine
 from lawcat_edge.runtime.errors import CheckFailed
-from lawcat_edge.runtime.verify import pieces_for
 
 Reference = Callable[[np.ndarray], np.ndarray]
 PIECES = (1, 7, 1, 64, 3, 20, 1, 31)

@@ -5,7 +5,7 @@ adapter.safetensors      conv taps, feature map, gate, omega, LoRA A and B (name
 generation_config.json   how tokens are best chosen; the export takes it over (it need not be there)
 train_log.jsonl          one line per logged step
 
-An adapter is a folder, ``owner/name`` on the hub (see ``runtime.hub``), or the name of one that comes with
+An adapter is a folder, ``owner/name`` on the hub (``runtime.bundle.hub``), or the name of one that comes with
 this package.
 """
 
@@ -25,6 +25,7 @@ from lawcat_edge.config import LawcatConfig
 from lawcat_edge.families import Geometry
 from lawcat_edge.lora import LoraSettings
 from lawcat_edge.parameters import parameter_shapes
+from lawcat_edge.runtime.bundle.hub import located
 from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.runtime.files import (
     atomic_folder,
@@ -34,7 +35,6 @@ from lawcat_edge.runtime.files import (
     sha256_file,
     write_json,
 )
-from lawcat_edge.runtime.hub import located
 
 if TYPE_CHECKING:
     from lawcat_edge.teacher import Teacher

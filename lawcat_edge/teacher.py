@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lawcat_edge.families import Geometry
+from lawcat_edge.runtime.bundle.hub import cache_folder
 from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.runtime.files import read_bytes, read_json, sha256_file, user_path
-from lawcat_edge.runtime.hub import cache_folder
 from lawcat_edge.weights import INDEX, SafetensorsWeights, check_shapes, weight_files
 
 if TYPE_CHECKING:

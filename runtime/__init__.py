@@ -19,22 +19,22 @@ from typing import TYPE_CHECKING, Any
 from lawcat_edge.runtime.errors import CheckFailed, LawcatError
 
 if TYPE_CHECKING:
-    from lawcat_edge.runtime.bundle import Bundle
-    from lawcat_edge.runtime.context import Context, Generation, Result
-    from lawcat_edge.runtime.engine import Engine
-    from lawcat_edge.runtime.model import Model
-    from lawcat_edge.runtime.sampling import SamplingOptions
-    from lawcat_edge.runtime.snapshot import Snapshot
+    from lawcat_edge.runtime.bundle.manifest import Bundle
+    from lawcat_edge.runtime.engine.session import Engine
+    from lawcat_edge.runtime.generate.context import Context, Generation, Result
+    from lawcat_edge.runtime.generate.model import Model
+    from lawcat_edge.runtime.generate.sampling import SamplingOptions
+    from lawcat_edge.runtime.generate.snapshot import Snapshot
 
 _HOMES = {
-    "Bundle": "bundle",
-    "Context": "context",
-    "Engine": "engine",
-    "Generation": "context",
-    "Model": "model",
-    "Result": "context",
-    "SamplingOptions": "sampling",
-    "Snapshot": "snapshot",
+    "Bundle": "bundle.manifest",
+    "Context": "generate.context",
+    "Engine": "engine.session",
+    "Generation": "generate.context",
+    "Model": "generate.model",
+    "Result": "generate.context",
+    "SamplingOptions": "generate.sampling",
+    "Snapshot": "generate.snapshot",
 }
 
 __all__ = [

@@ -43,7 +43,7 @@ def bench(
     import onnxruntime
 
     from lawcat_edge.runtime import Bundle, Engine
-    from lawcat_edge.runtime.bundle import describe_state, state_sizes
+    from lawcat_edge.runtime.bundle.manifest import describe_state, state_sizes
 
     begin = time.perf_counter()
     engine = Engine(Bundle.open(model), threads=threads, flavour=flavour, chunk=chunk)
@@ -89,7 +89,7 @@ def measure(engine: Any, sizes: list[int], decode_tokens: int) -> Any:
     """Yield a row for each context length, shortest first; random tokens (seed 0), which cost the same."""
     import numpy as np
 
-    from lawcat_edge.runtime.stats import peak_memory
+    from lawcat_edge.runtime.generate.stats import peak_memory
 
     rng = np.random.default_rng(0)
     state = engine.new_state()

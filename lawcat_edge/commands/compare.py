@@ -72,9 +72,9 @@ def compare(
       lawcat-edge compare smollm2 --adapter adapter --text book.txt --out out --max-kl 0.005 --max-mb 150
     """
     from lawcat_edge.adapter import Adapter
-    from lawcat_edge.calibration.compare import Comparison
-    from lawcat_edge.calibration.report import errors, markdown, print_table
-    from lawcat_edge.calibration.settings import Settings
+    from lawcat_edge.calibration.comparison.compare import Comparison
+    from lawcat_edge.calibration.comparison.report import errors, markdown, print_table
+    from lawcat_edge.calibration.comparison.settings import Settings
     from lawcat_edge.commands.eval import parse_lengths
     from lawcat_edge.runtime.files import write_json, write_text
     from lawcat_edge.teacher import resolve
@@ -100,7 +100,7 @@ def compare(
     with _progress() as show:
         run = Comparison(source, loaded, text, out, settings, show, resume, gguf, calibration or ())
         if sensitivity or max_kl is not None or max_mb is not None:
-            from lawcat_edge.calibration.automatic import Automatic
+            from lawcat_edge.calibration.mixed.automatic import Automatic
 
             names += Automatic(run).choose(max_kl, max_mb)
         report = run.run(names, peers)
@@ -132,7 +132,7 @@ def _one(text: str) -> int:
 
 def _draw(report: dict[str, Any], out: Path) -> str | None:
     """The picture's name, or None where there is no matplotlib to draw it."""
-    from lawcat_edge.calibration.picture import draw
+    from lawcat_edge.calibration.comparison.picture import draw
     from lawcat_edge.runtime.files import atomic_file
 
     try:

@@ -48,8 +48,8 @@ def demo(
       lawcat-edge demo --from-scratch --out demo-scratch
     """
     from lawcat_edge.adapter import GENERAL, adapter_folder
-    from lawcat_edge.runtime.bundle import Bundle, describe_state, state_sizes
-    from lawcat_edge.runtime.verify import verify
+    from lawcat_edge.runtime.bundle.manifest import Bundle, describe_state, state_sizes
+    from lawcat_edge.runtime.bundle.verify import verify
     from lawcat_edge.teacher import resolve
     from lawcat_edge.weights import weight_files
 
@@ -129,7 +129,7 @@ def _distil(teacher: Any, adapter: Path) -> None:
 def _export(teacher: Any, adapter: Path, bundle: Path, name: str | None) -> None:
     from lawcat_edge.adapter import Adapter
     from lawcat_edge.commands.export import export
-    from lawcat_edge.runtime.bundle import Bundle
+    from lawcat_edge.runtime.bundle.manifest import Bundle
     from lawcat_edge.runtime.errors import LawcatError
 
     if bundle.is_dir():

@@ -113,7 +113,7 @@ def distill(
     given = dict(locals())
     from lawcat_edge.adapter import Adapter
     from lawcat_edge.commands.progress import training_progress
-    from lawcat_edge.distill.data import parse_mix
+    from lawcat_edge.data.mix import parse_mix
     from lawcat_edge.distill.parallel import is_main_process
     from lawcat_edge.distill.run import distill as run
     from lawcat_edge.distill.settings import DistillSettings, load_recipe

@@ -60,7 +60,7 @@ def open_model(
     """MODEL as the command line takes it: a bundle, an adapter folder, or a teacher with or without an
     adapter. window: another one than the adapter was trained with."""
     from lawcat_edge.adapter import GENERAL, adapter_folder
-    from lawcat_edge.runtime.hub import PREFIX
+    from lawcat_edge.runtime.bundle.hub import PREFIX
 
     # A bare owner/name is a teacher's.
     folder = adapter_folder(name) if name == GENERAL or name.startswith(PREFIX) else Path(name)
@@ -184,7 +184,7 @@ def eval(
 
 def read_prose(files: list[str], characters: int = 1 << 22) -> str:
     """The first 4 M characters of the files' documents."""
-    from lawcat_edge.distill.readers import expand, read_parts
+    from lawcat_edge.data.readers import expand, read_parts
 
     taken, size = [], 0
     for path in expand(files):

@@ -88,9 +88,9 @@ def export(
     from lawcat_edge.calibration.ranges import Ranges
     from lawcat_edge.export.exporter import export_bundle
     from lawcat_edge.export.schemes import load_scheme
-    from lawcat_edge.runtime.hub import check_name
-    from lawcat_edge.runtime.sampling import sampling_defaults
-    from lawcat_edge.runtime.signature import load_private_key
+    from lawcat_edge.runtime.bundle.hub import check_name
+    from lawcat_edge.runtime.bundle.signature import load_private_key
+    from lawcat_edge.runtime.generate.sampling import sampling_defaults
     from lawcat_edge.teacher import resolve
 
     table = load_scheme(scheme, rounding)  # before the slow steps
@@ -165,7 +165,7 @@ def _check_replaced(
     out: Path, source: Any, adapter: Any | None, config: Any, scheme: str, ops: list[str]
 ) -> None:
     """Refuse to replace a bundle of another teacher, adapter, scheme, window or set of operators."""
-    from lawcat_edge.runtime.bundle import MANIFEST, Bundle
+    from lawcat_edge.runtime.bundle.manifest import MANIFEST, Bundle
 
     if not (out / MANIFEST).is_file():
         return

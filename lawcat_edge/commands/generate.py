@@ -21,7 +21,7 @@ SPECULATE_HELP = "Tokens drafted at most where the text repeats itself, or off; 
 
 def speculation(text: str | None) -> dict[str, int]:
     """The option of ``Model.generate`` that --speculate asks for; none where it is not given."""
-    from lawcat_edge.runtime.draft import MOST_DRAFTED
+    from lawcat_edge.runtime.generate.draft import MOST_DRAFTED
 
     if text is None:
         return {}

@@ -43,7 +43,7 @@ def info(
 
 
 def _bundle(folder: Path) -> dict[str, Any]:
-    from lawcat_edge.runtime.bundle import Bundle, state_sizes
+    from lawcat_edge.runtime.bundle.manifest import Bundle, state_sizes
 
     bundle = Bundle.open(folder, check_hashes=False)
     manifest = bundle.manifest
@@ -78,7 +78,7 @@ def _adapter(folder: Path) -> dict[str, Any]:
 
     adapter = Adapter.load(folder)
     geometry, config = adapter.geometry.to_dict(), adapter.config.to_dict()
-    from lawcat_edge.runtime.bundle import expected_spans, expected_state, state_sizes
+    from lawcat_edge.runtime.bundle.manifest import expected_spans, expected_state, state_sizes
 
     return {
         "kind": "adapter",
@@ -98,7 +98,7 @@ def _adapter(folder: Path) -> dict[str, Any]:
 
 
 def _show(document: dict[str, Any]) -> None:
-    from lawcat_edge.runtime.bundle import describe_state
+    from lawcat_edge.runtime.bundle.manifest import describe_state
 
     source, geometry, lawcat = document["source"], document["geometry"], document["lawcat"]
     print(f"{document['kind']} {document['name']}")

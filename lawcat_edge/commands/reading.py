@@ -30,7 +30,7 @@ def read_ahead(model: Model, document: str, system: str | None, progress: Callab
     where an answer was broken off before or the template writes messages in another way. progress: called
     with (tokens read, all tokens). Ctrl-C leaves the conversation as it was.
     """
-    from lawcat_edge.runtime.context import Mark
+    from lawcat_edge.runtime.generate.context import Mark
 
     # A copy, since a state cannot be wound back.
     context = model.context.fork() if len(model.context) else model.new_context()

@@ -31,8 +31,8 @@ def verify(
 
       lawcat-edge verify bundle --public-key maker.pub
     """
-    from lawcat_edge.runtime.verify import Check
-    from lawcat_edge.runtime.verify import verify as check_bundle
+    from lawcat_edge.runtime.bundle.verify import Check
+    from lawcat_edge.runtime.bundle.verify import verify as check_bundle
 
     passed: list[dict[str, Any]] = []
 

@@ -16,11 +16,11 @@ import torch
 
 from lawcat_edge.adapter import Adapter
 from lawcat_edge.config import LawcatConfig
+from lawcat_edge.data.mix import Sequence, parse_mix, sequences
+from lawcat_edge.data.readers import ChatForm
 from lawcat_edge.distill.checkpoint import collect, read_progress
-from lawcat_edge.distill.data import Sequence, parse_mix, sequences
 from lawcat_edge.distill.full_attention import PICTURE, TABLE, FullAttention, plot_ranking, rank_layers
 from lawcat_edge.distill.parallel import one_fate, open_accelerator, sharded
-from lawcat_edge.distill.readers import ChatForm
 from lawcat_edge.distill.run_folder import (
     SAMPLES,
     begin,
@@ -39,7 +39,7 @@ from lawcat_edge.model import LawcatModel, load_student
 from lawcat_edge.ops.backend import choose
 from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.runtime.files import FileLock, read_bytes, read_json, write_json
-from lawcat_edge.runtime.text import MAX_TOKENIZER, load_tokenizer
+from lawcat_edge.runtime.generate.text import MAX_TOKENIZER, load_tokenizer
 from lawcat_edge.teacher import Teacher
 
 Report = Callable[[dict[str, Any]], None]

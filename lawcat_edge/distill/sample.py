@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lawcat_edge.distill.corpus import separator_ids
+from lawcat_edge.data.corpus import separator_ids
 from lawcat_edge.distill.run_folder import PARTIAL
 from lawcat_edge.model import LawcatModel
 from lawcat_edge.rotary import Tables, rotate

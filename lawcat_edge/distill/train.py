@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lawcat_edge.data.mix import Sequence
 from lawcat_edge.distill.checkpoint import (
     Progress,
     collect,
@@ -27,7 +28,6 @@ from lawcat_edge.distill.checkpoint import (
     read_progress,
     save_checkpoint,
 )
-from lawcat_edge.distill.data import Sequence
 from lawcat_edge.distill.parallel import held_gradients, local, whole, wrap
 from lawcat_edge.distill.settings import DistillSettings
 from lawcat_edge.distill.steps import target_weights

@@ -14,10 +14,10 @@ from typing import Any, Protocol
 import numpy as np
 import tokenizers
 
-from lawcat_edge.distill.corpus import END_TOKENS, separator_ids
+from lawcat_edge.data.corpus import END_TOKENS, separator_ids
 from lawcat_edge.runtime.files import read_bytes
-from lawcat_edge.runtime.text import MAX_TOKENIZER
-from lawcat_edge.runtime.text import load_tokenizer as parse_tokenizer
+from lawcat_edge.runtime.generate.text import MAX_TOKENIZER
+from lawcat_edge.runtime.generate.text import load_tokenizer as parse_tokenizer
 
 
 class LanguageModel(Protocol):
@@ -93,8 +93,8 @@ class BundleModel:
     kind = "bundle"
 
     def __init__(self, folder: str | Path, threads: int | None = None, flavour: str | None = None) -> None:
-        from lawcat_edge.runtime.bundle import Bundle
-        from lawcat_edge.runtime.engine import Engine
+        from lawcat_edge.runtime.bundle.manifest import Bundle
+        from lawcat_edge.runtime.engine.session import Engine
 
         bundle = Bundle.open(folder)
         self.name = str(folder)

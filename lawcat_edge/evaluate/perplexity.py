@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from lawcat_edge.distill.corpus import encode_parts, start_ids
-from lawcat_edge.distill.readers import expand, read_parts
+from lawcat_edge.data.corpus import encode_parts, start_ids
+from lawcat_edge.data.readers import expand, read_parts
 from lawcat_edge.evaluate.lm import LanguageModel, to_numpy
 from lawcat_edge.runtime.errors import LawcatError
 

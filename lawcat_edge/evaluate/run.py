@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from lawcat_edge.distill.corpus import tokenizer_fingerprint
-from lawcat_edge.evaluate.babilong import Babilong
-from lawcat_edge.evaluate.filler import Encoder, Filler, split_sentences
+from lawcat_edge.data.corpus import tokenizer_fingerprint
+from lawcat_edge.data.tasks.babilong import Babilong
+from lawcat_edge.data.tasks.filler import Encoder, Filler, split_sentences
+from lawcat_edge.data.tasks.niah import ANSWER_ROOM, DEPTHS, Niah
+from lawcat_edge.data.tasks.passkey import Passkey
+from lawcat_edge.data.tasks.prompts import Prompt, score, settled, wilson
 from lawcat_edge.evaluate.lm import LanguageModel, greedy
-from lawcat_edge.evaluate.niah import ANSWER_ROOM, DEPTHS, Niah
-from lawcat_edge.evaluate.passkey import Passkey
-from lawcat_edge.evaluate.prompts import Prompt, score, settled, wilson
 from lawcat_edge.runtime.errors import LawcatError
 
 RETRIEVAL_TASKS = ("passkey", "niah-1", "niah-2", "niah-3", "babilong-qa2", "babilong-qa3")

@@ -23,14 +23,14 @@ from lawcat_edge.distill.settings import DistillSettings
 from lawcat_edge.export.schemes import Scheme
 from lawcat_edge.families import Geometry
 from lawcat_edge.runtime import files
-from lawcat_edge.runtime.bundle import Manifest, StateTensor, state_bytes
+from lawcat_edge.runtime.bundle.graph_check import check_model
+from lawcat_edge.runtime.bundle.manifest import Manifest, StateTensor, state_bytes
+from lawcat_edge.runtime.engine.rotary import inverse_frequencies
 from lawcat_edge.runtime.errors import LawcatError
-from lawcat_edge.runtime.onnx_check import check_model
-from lawcat_edge.runtime.rotary import inverse_frequencies
-from lawcat_edge.runtime.server_requests import parse_chat, parse_completion, read_body
-from lawcat_edge.runtime.snapshot import MAGIC, Snapshot
-from lawcat_edge.runtime.template import ChatTemplate
-from lawcat_edge.runtime.text import Detokenizer, StopStrings, load_tokenizer
+from lawcat_edge.runtime.generate.snapshot import MAGIC, Snapshot
+from lawcat_edge.runtime.generate.text import Detokenizer, StopStrings, load_tokenizer
+from lawcat_edge.runtime.server.requests import parse_chat, parse_completion, read_body
+from lawcat_edge.runtime.template.chat import ChatTemplate
 from lawcat_edge.weights import SafetensorsWeights
 
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why is the sea salt?"}]

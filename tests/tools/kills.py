@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
+sys.path[:0] = [str(HERE), str(HERE.parent / "helpers")]
 
 # Imported before the forks; nothing is computed here, since threads do not survive a fork.
 import torch  # noqa: E402
@@ -34,16 +34,16 @@ from exported import make_bundle, make_student  # noqa: E402
 from tiny_bundle import build_tiny_bundle  # noqa: E402
 from tiny_teacher import write_corpus  # noqa: E402
 
-import lawcat_edge.calibration.compare as comparing  # noqa: E402
+import lawcat_edge.calibration.comparison.compare as comparing  # noqa: E402
 from lawcat_edge.adapter import Adapter  # noqa: E402
-from lawcat_edge.calibration.settings import Settings  # noqa: E402
+from lawcat_edge.calibration.comparison.settings import Settings  # noqa: E402
 from lawcat_edge.distill.run import distill  # noqa: E402
 from lawcat_edge.distill.settings import DistillSettings  # noqa: E402
 from lawcat_edge.export.exporter import export_bundle  # noqa: E402
 from lawcat_edge.runtime import Model  # noqa: E402
-from lawcat_edge.runtime.bundle import Bundle  # noqa: E402
+from lawcat_edge.runtime.bundle.manifest import Bundle  # noqa: E402
+from lawcat_edge.runtime.bundle.verify import verify  # noqa: E402
 from lawcat_edge.runtime.files import read_json, write_json  # noqa: E402
-from lawcat_edge.runtime.verify import verify  # noqa: E402
 from lawcat_edge.teacher import resolve  # noqa: E402
 
 SMALL = {"transfer_tokens": 256, "finetune_tokens": 256, "seq_len": 64, "finetune_seq_len": 64, "window": 4}

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent)]
+sys.path[:0] = [str(HERE.parent / "helpers")]
 WORDS = ["the", "keeper", "lit", "lamp", "at", "dusk", "wrote", "weather", "down", "while", "ships", "passed"]
 BUSY = (429, 503)
 

@@ -277,7 +277,7 @@ def _entry(tensor: Any, key: str, value: str) -> None:
 
 
 def use_bundle(whole: Whole, place: Path) -> None:
-    from lawcat_edge.runtime.verify import verify
+    from lawcat_edge.runtime.bundle.verify import verify
 
     verify(place, threads=1)
 
@@ -411,7 +411,7 @@ def make_safetensors(whole: Whole, rng: random.Random, place: Path) -> tuple[lis
 
 def use_teacher(whole: Whole, place: Path) -> None:
     from lawcat_edge.runtime.files import read_bytes
-    from lawcat_edge.runtime.text import MAX_TOKENIZER, load_tokenizer
+    from lawcat_edge.runtime.generate.text import MAX_TOKENIZER, load_tokenizer
     from lawcat_edge.teacher import resolve
     from lawcat_edge.weights import check_shapes
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
+sys.path[:0] = [str(HERE), str(HERE.parent / "helpers")]
 
 from fuzz_targets import ADAPTER, STATE  # noqa: E402
 from tiny_bundle import TEMPLATE, build_tiny_bundle  # noqa: E402

@@ -1,4 +1,4 @@
-// onnxruntime-web behind a bundle: tokens and state in, logits and state out; as runtime/engine.py.
+// onnxruntime-web behind a bundle: tokens and state in, logits and state out; as runtime/engine/session.py.
 import { UserError } from "./bundle.js";
 import { cosSin, inverseFrequencies } from "./rotary.js";
 import { spansOf, State } from "./state.js";

@@ -1,4 +1,4 @@
-// The pleasant side of a bundle in the browser: load, generate, chat, snapshot; as runtime/model.py.
+// The pleasant side of a bundle in the browser: load, generate, chat, snapshot; as runtime/generate/model.py.
 import { Bundle, sha256, UserError } from "./bundle.js";
 import { Engine } from "./engine.js";
 import { Sampler, samplingDefaults } from "./sampling.js";

@@ -1,4 +1,4 @@
-// Rotary angles for bundles with softmax attention or a rotary linear branch; as in runtime/rotary.py.
+// Rotary angles for bundles with softmax attention or a rotary linear branch; as in runtime/engine/rotary.py.
 import { UserError } from "./bundle.js";
 
 /** Radians a token, [d/2], for the rope types default, linear and llama3. */

@@ -1,4 +1,4 @@
-// Choosing the next token from logits: the same choice for the same seed as runtime/sampling.py.
+// Choosing the next token from logits: the same choice for the same seed as runtime/generate/sampling.py.
 import { UserError } from "./bundle.js";
 
 const MASK64 = (1n << 64n) - 1n;
@@ -74,7 +74,7 @@ const RANGES = {
   repetitionPenalty: [0.01, 100],
 };
 
-/** What the content of a generation_config.json asks for, as runtime/sampling.py reads it. */
+/** What the content of a generation_config.json asks for, as runtime/generate/sampling.py reads it. */
 export function samplingDefaults(settings) {
   const names = { top_k: "topK", top_p: "topP", min_p: "minP", repetition_penalty: "repetitionPenalty" };
   const sample = settings?.do_sample;
@@ -86,7 +86,7 @@ export function samplingDefaults(settings) {
 }
 
 export class Sampler {
-  /** temperature 0: greedy; topK, topP, minP, repetitionPenalty: as in runtime/sampling.py; seed: a whole number
+  /** temperature 0: greedy; topK, topP, minP, repetitionPenalty: as in runtime/generate/sampling.py; seed: a whole number
    * or null. */
   constructor({ temperature = 0, topK = 0, topP = 1, minP = 0, repetitionPenalty = 1, seed = null } = {}) {
     this.options = { temperature, topK, topP, minP, repetitionPenalty };

@@ -1,4 +1,4 @@
-// The state after some text, in a file: the format of runtime/snapshot.py, so that files go both ways.
+// The state after some text, in a file: the format of runtime/generate/snapshot.py, so that files go both ways.
 import { sha256, UserError } from "./bundle.js";
 import { count, State } from "./state.js";
 

@@ -1,4 +1,4 @@
-// What is remembered of a text: tensors of constant size, and buffers of keys and values; as runtime/state.py.
+// What is remembered of a text: tensors of constant size, and buffers of keys and values; as runtime/engine/state.py.
 const BLOCK = 256; // rows by which a buffer grows
 const AT_ONCE = 512; // a buffer that never needs more has all its slots from the first token on
 const LEAST_SLACK = 32;

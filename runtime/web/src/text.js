@@ -1,4 +1,4 @@
-// Tokens to text, piece by piece, without ever splitting a character or a stop string; as runtime/text.py.
+// Tokens to text, piece by piece, without ever splitting a character or a stop string; as runtime/generate/text.py.
 
 const BROKEN = "\ufffd"; // what decoders put for bytes that are not (yet) a character
 const HOLD = 8; // tokens held back for the rest of a character before it is taken to be garbage

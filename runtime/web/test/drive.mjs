@@ -1,4 +1,4 @@
-// Drive the page in a headless Chromium: what tests/test_web.py and benchmarks/web.py run.
+// Drive the page in a headless Chromium: what tests/runtime/test_web.py and benchmarks/web.py run.
 //
 //     node test/drive.mjs CHROMIUM URL < jobs.json > results.json
 //

@@ -1,0 +1,91 @@
+"""Second moments of what each product reads, E[x xᵀ], on the recurrent graph: what data-aware rounding needs.
+
+They are large (the square of the width, a layer has four), so only as many layers as fit a budget are
+measured in one reading of the text, and they are forgotten when the next are asked for. A model of 135 M
+parameters fits one reading; one of 7 B takes a reading for every layer or two, in the same memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from lawcat_edge.calibration.probes import Probed
+from lawcat_edge.runtime.bundle.manifest import Bundle
+from lawcat_edge.runtime.errors import LawcatError
+
+BUDGET = 1 << 30
+"""Bytes of moments in memory at once (one product's may be more)."""
+LEAST_TOKENS = 1024
+
+
+class Moments:
+    """Of the fp32 bundle in ``folder`` on texts int [n,T]; ``of`` measures when it must.
+
+    progress: called with (tokens read, of how many) in every reading. Raises LawcatError for too little text.
+    """
+
+    def __init__(
+        self,
+        folder: Path | str,
+        texts: np.ndarray,
+        threads: int | None = None,
+        chunk: int = 256,
+        budget: int = BUDGET,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
+        if texts.size < LEAST_TOKENS:
+            raise LawcatError(
+                f"The calibration text holds {texts.size:,} tokens, {LEAST_TOKENS:,} are needed; give more."
+            )
+        self.bundle, self.texts = Bundle.open(folder), texts
+        self.threads, self.chunk, self.budget, self.progress = threads, chunk, budget, progress
+        self.readings = 0
+        self._held: dict[str, np.ndarray] = {}
+
+    @property
+    def paths(self) -> list[str]:
+        """In the order in which an export asks for them."""
+        layers = range(self.bundle.manifest.num_layers)
+        return ["head", *(f"layers.{i}/{name}" for i in layers for name in ("qkv", "o", "gate_up", "down"))]
+
+    def of(self, path: str) -> np.ndarray:
+        """Float32 [K,K], the mean over all tokens of x xᵀ for the input x of ``layers.3/down``, ``head`` …"""
+        if path not in self._held:
+            self._held.clear()
+            self._held = self._measure(self._group(path))
+        return self._held[path]
+
+    def _group(self, first: str) -> list[str]:
+        paths = self.paths
+        start, size = paths.index(first), 0
+        group: list[str] = []
+        for path in paths[start:]:
+            size += 4 * self._width(path) ** 2
+            if group and size > self.budget:
+                break
+            group.append(path)
+        return group
+
+    def _width(self, path: str) -> int:
+        g = self.bundle.manifest.geometry
+        name = path.rpartition("/")[2]
+        widths = {"o": g["num_heads"] * g["head_dim"], "down": g["intermediate_size"]}
+        return int(widths.get(name, g["hidden_size"]))
+
+    def _measure(self, group: list[str]) -> dict[str, np.ndarray]:
+        graph = Probed(self.bundle, self.threads, group)
+        found = {path: np.zeros((self._width(path),) * 2, np.float32) for path in group}
+        done = 0
+        for seen in graph.read(self.texts, self.chunk):
+            for path, values in seen.tensors.items():
+                x = values.reshape(-1, values.shape[-1])
+                found[path] += x.T @ x
+            done += seen.tokens
+            self.progress(done, self.texts.size)
+        self.readings += 1
+        for moment in found.values():
+            moment /= done
+        return found

@@ -1,0 +1,1 @@
+"""onnxruntime behind a bundle: sessions, and the state that they read and write."""

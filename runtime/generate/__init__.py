@@ -1,0 +1,1 @@
+"""From a prompt to text: tokens, sampling, the decoding core and its sequences, snapshots."""

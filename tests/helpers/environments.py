@@ -1,0 +1,56 @@
+"""Environments of their own, for tests with another version of onnxruntime or with what is no dependency.
+
+Built with pip at first use and kept in pytest's cache folder. A version that cannot be had on this machine
+(no wheel for this interpreter, no network) skips the test with pip's reason.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+# All that the runner needs beside onnxruntime and numpy; pip adds nothing of its own to it.
+RUNNER = ("tokenizers", "jinja2", "markupsafe")
+
+
+def environment(config: pytest.Config, *packages: str) -> Path:
+    """The interpreter of a virtual environment that holds exactly these packages."""
+    assert config.cache is not None
+    wanted = json.dumps([sys.version, *packages])
+    name = "env-" + hashlib.sha256(wanted.encode()).hexdigest()[:16]
+    place = Path(str(config.cache.mkdir("environments"))) / name
+    python = place / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    if (place / "complete").exists():
+        return python
+    shutil.rmtree(place, ignore_errors=True)
+    venv.create(place, with_pip=False, symlinks=os.name != "nt")
+    command = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps"]
+    command += ["--only-binary", ":all:", "--retries", "1", "--disable-pip-version-check", *packages]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
+    if done.returncode:
+        shutil.rmtree(place, ignore_errors=True)
+        lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["pip failed"]
+        pytest.skip(f"cannot install {' '.join(packages)}: {lines[-1]}")
+    (place / "complete").touch()
+    return python
+
+
+def run(python: Path, script: str, *arguments: Path | str) -> Any:
+    """Run a script in that environment, with this repository's runner on the path; its JSON from stdout."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "LAWCAT"))}
+    done = subprocess.run(
+        [str(python), "-c", script, *map(str, arguments)],
+        env={**clean, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
