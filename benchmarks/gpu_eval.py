@@ -57,7 +57,10 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("teacher", help="folder, GGUF, hub id or smollm2")
     parser.add_argument(
-        "--adapter", action="append", default=[], help="adapter folder; may be given several times"
+        "--adapter",
+        action="append",
+        default=[],
+        help="adapter folder, or FOLDER@TOKENS/SINKS with another span; may be given several times",
     )
     parser.add_argument("--text", action="append", default=[], help="held-out text files or globs")
     parser.add_argument("--out", type=Path, required=True, help="result file, JSON")
@@ -123,7 +126,10 @@ def main() -> int:
     resolved = resolve(args.teacher)
     models: dict[str, Any] = {args.teacher: TeacherModel.load(resolved, device=device)}
     for folder in args.adapter:
-        models[folder] = StudentModel.load(resolved, Adapter.load(folder), name=folder, device=device)
+        path, _, other = folder.partition("@")
+        span, sinks = map(int, other.split("/")) if other else (None, None)
+        adapter = Adapter.load(path).with_span(span, sinks)
+        models[folder] = StudentModel.load(resolved, adapter, name=folder, device=device)
     settings = {
         "teacher_sha256": resolved.sha256,
         "samples": args.samples,

@@ -79,11 +79,11 @@ class Probed:
 
     def empty_state(self) -> State:
         tensors = self.manifest.state
-        return State(tensors, [False] * len(tensors), 1, self.manifest.spans)
+        return State(tensors, [False] * len(tensors), 1, self.manifest.spans, frequencies=self.frequencies)
 
     def run(self, ids: np.ndarray, state: State) -> dict[str, np.ndarray]:
         """ids [1,T] -> what was seen by name; the state goes on."""
-        found = self.session.run(self.outputs, state.feeds(ids, self.frequencies))
+        found = self.session.run(self.outputs, state.feeds(ids))
         seen = dict(zip(self.outputs, found, strict=True))
         state.take(seen, ids.shape[1])
         return {name: seen[tensor] for tensor, name in self.probes.items()}
@@ -92,8 +92,10 @@ class Probed:
         """Texts int [n,T], each from an empty state, in chunks that carry the state on (or do not)."""
         for number, row in enumerate(texts):
             state = self.empty_state()
-            for start in range(0, len(row), chunk):
+            start = 0
+            while start < len(row):
                 if not keep_state:
                     state = self.empty_state()
-                ids = row[None, start : start + chunk].astype(np.int64)
+                ids = row[None, start : start + min(chunk, state.room)].astype(np.int64)
                 yield Seen(number, start, ids.shape[1], self.run(ids, state))
+                start += ids.shape[1]

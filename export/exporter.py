@@ -37,7 +37,6 @@ from lawcat_edge.runtime.bundle.manifest import (
     write_manifest,
 )
 from lawcat_edge.runtime.bundle.signature import SIGNATURE, sign
-from lawcat_edge.runtime.engine.state import slack
 from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.runtime.files import FileLock, atomic_folder, write_json
 from lawcat_edge.weights import MergedWeights, WeightSource, check_shapes
@@ -249,7 +248,7 @@ def _write_graphs(
 def fixed_sizes(geometry: Geometry, config: LawcatConfig, tokens: int) -> dict[str, int]:
     """Sizes of a graph without dynamic shapes, by the names of the dimensions."""
     spans = expected_spans(geometry.to_dict(), config.to_dict())
-    slots = {SLOTS[name]: span - 1 + max(tokens, slack(span)) for name, span in spans.items()}
+    slots = {SLOTS[name]: span.slots(tokens) for name, span in spans.items()}
     return {"B": 1, "T": tokens, **slots, "R": max(tokens, *slots.values(), 1)}
 
 

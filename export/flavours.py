@@ -338,11 +338,10 @@ class _Rewriter:
         )
         zero, one = (self.g.constant(np.array(i, np.int64)) for i in (0, 1))
         age = do("Sub", [slots, do("Range", [zero, count, one], path, "numbers")], path, "age")
-        inside = [
-            do("GreaterOrEqual", [age, zero], path, "past"),
-            do("Less", [age, self.g.constant(np.array(span, np.int64))], path, "near"),
-        ]
-        seen = do("And", inside, path, "seen")
+        seen = do("GreaterOrEqual", [age, zero], path, "past")
+        if span >= 0:
+            near = do("Less", [age, self.g.constant(np.array(span, np.int64))], path, "near")
+            seen = do("And", [seen, near], path, "seen")
         return do("Where", [seen, self._float(0), self._float(-np.inf)], path, "mask")
 
     def _tiled(self, mask: ir.Value, times: int) -> ir.Value:

@@ -109,7 +109,7 @@ class GenaiInterface(Interface):
             for name, span in self.spans.items():
                 start = first
                 if name == "window":  # what came before it was cut off
-                    start = self._do(g, "Min", [first, [[span - 1]]], "fill")
+                    start = self._do(g, "Min", [first, [[span.most]]], "fill")
                 last = self._do(g, "Add", [start, self._tokens(g)], "end")
                 last = self._do(g, "Sub", [last, [[1]]], "last")
                 last = self._do(g, "Reshape", [last, [-1]], "last1")
@@ -191,7 +191,7 @@ class GenaiInterface(Interface):
 
     def _packed(self, layer: int) -> list[tuple[str, list[int]]]:
         """The kinds and shapes that conv_state of a layer holds."""
-        rows = self.spans["window"] - 1
+        rows = self.spans["window"].most
         own = [tensor for tensor in self.state if layer_and_kind(tensor)[0] == layer]
         return [
             (layer_and_kind(tensor)[1], list(tensor.sizes(rows)))
@@ -216,7 +216,7 @@ class GenaiInterface(Interface):
         return own
 
     def _pack(self, g: GraphBuilder, layer: int, after: dict[str, ir.Value]) -> None:
-        parts, rows = self._packed(layer), self.spans["window"] - 1
+        parts, rows = self._packed(layer), self.spans["window"].most
         flat = []
         for kind, _ in parts:
             value = after[kind]

@@ -258,7 +258,8 @@ def _softmax_attention(
     key, value = past_key.scatter(2, index, k), past_value.scatter(2, index, v)
     scores = q @ key.repeat_interleave(num_heads // G, 1).transpose(2, 3) * d**-0.5
     age = slot[..., None] - torch.arange(C)  # [B,T,C]
-    weights = scores.masked_fill(((age < 0) | (age >= span))[:, None], -torch.inf).softmax(-1)
+    hidden = (age < 0) | (age >= (C if span < 0 else span))
+    weights = scores.masked_fill(hidden[:, None], -torch.inf).softmax(-1)
     out = weights @ value.repeat_interleave(num_heads // G, 1)
     return out.transpose(1, 2).flatten(2), key, value, weights.amax(-1, keepdim=True)
 
@@ -302,10 +303,10 @@ _ARGUMENTS = (
     "Tensor q, Tensor? k, Tensor? v, Tensor past_key, Tensor past_value, Tensor seqlens_k, Tensor total, "
     "Tensor cos, Tensor sin, Tensor position_ids, int num_heads, int span"
 )
-# Causal softmax attention over the last ``span`` tokens, itself included. q [B,T,Hd], k and v [B,T,Gd], or
-# all in q and the others None; buffers [B,G,C,d] in which the rows of these T tokens go to the slots up to
-# seqlens_k [B]; total is the largest of these and one. Tokens are rotated by rows position_ids [B,T] of the
-# tables cos and sin [R,d/2], R >= total. Returns [B,T,Hd] and the buffers.
+# Causal softmax attention over the last ``span`` tokens, itself included, or over all (-1). q [B,T,Hd], k and
+# v [B,T,Gd], or all in q and the others None; buffers [B,G,C,d] in which the rows of these T tokens go to the
+# slots up to seqlens_k [B]; total is the largest of these and one. Tokens are rotated by rows position_ids
+# [B,T] of the tables cos and sin [R,d/2], R >= total. Returns [B,T,Hd] and the buffers.
 group_query_attention = _register(
     f"group_query_attention({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
     lambda *inputs: _softmax_attention(*inputs)[:3],

@@ -90,6 +90,8 @@ def card(bundle: Bundle, name: str) -> str:
     if full:
         layers = ", ".join(map(str, full))
         attention += f"; softmax attention over {lawcat['attention_span']:,} tokens in layers {layers}"
+        if lawcat.get("attention_sinks"):
+            attention += f", the first {lawcat['attention_sinks']} of the text always among them"
     rows = {
         "teacher": f"{_escaped(teacher)} (sha256 `{source['teacher_sha256'][:16]}`)",
         "adapter": f"sha256 `{source['adapter_sha256'][:16]}`" if source.get("adapter_sha256") else "none",

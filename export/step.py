@@ -58,7 +58,13 @@ class Widths:
 
 
 def span_of(geometry: Geometry, config: LawcatConfig) -> int:
-    """Tokens that a full-attention layer sees, the newest included: the teacher may have seen fewer."""
+    """Rows that a full-attention layer sees back, the newest included: the teacher may have seen fewer.
+
+    -1: all that there are. With attention sinks what is forgotten is the runner's matter (``Span``): the
+    graph sees what is left.
+    """
+    if config.attention_sinks:
+        return -1
     return min(config.attention_span, geometry.sliding_window or config.attention_span)
 
 
@@ -131,7 +137,7 @@ class DecoderLayer(nn.Module):
 
 
 class FullAttentionLayer(DecoderLayer):
-    """The teacher's own layer: softmax attention over the last ``attention_span`` tokens."""
+    """The teacher's own layer: softmax attention over ``config.span``."""
 
     def attention_shapes(self) -> dict[str, tuple[int, ...]]:
         g = self.geometry

@@ -18,6 +18,7 @@ from lawcat_edge.config import FULL, LINEAR, LawcatConfig
 from lawcat_edge.export.operators import translations
 from lawcat_edge.export.step import DecoderLayer, layer_module
 from lawcat_edge.families import Geometry
+from lawcat_edge.runtime.bundle.span import Span
 
 OPSET = 23
 HIDDEN = ("x", "h")
@@ -40,7 +41,8 @@ def trace_layer(geometry: Geometry, config: LawcatConfig, full: bool) -> Templat
     # Layers differ from each other, and models in these numbers, without a difference in the graph
     geometry = replace(geometry, num_layers=1, vocab_size=1)
     kinds = (LINEAR, FULL) if full else ()
-    config = replace(config, layer_types=kinds, attention_span=config.attention_span if full else 0)
+    span = config.span if full else Span(0)
+    config = replace(config, layer_types=kinds, attention_span=span.tokens, attention_sinks=span.sinks)
     return _trace_layer(*(json.dumps(part.to_dict(), sort_keys=True) for part in (geometry, config)), full)
 
 

@@ -84,10 +84,28 @@ class Adapter:
             raise LawcatError(f"--window must be at least 1 for an adapter with a window, not {window}.")
         return replace(self, config=replace(self.config, window=window))
 
-    def with_full_attention(self, layers: Iterable[int], span: int) -> Adapter:
+    def with_span(self, span: int | None, sinks: int | None = None) -> Adapter:
+        """The same with another span of its full-attention layers, or other sinks; None: as they are.
+
+        No tensor depends on either. A shorter span takes less memory and time, and forgets sooner.
+        """
+        old = self.config
+        if span is None and sinks is None:
+            return self
+        if not old.full_attention_layers:
+            raise LawcatError("No layer of this adapter keeps full attention; leave --span and --sinks out.")
+        config = replace(
+            old,
+            attention_span=old.attention_span if span is None else span,
+            attention_sinks=old.attention_sinks if sinks is None else sinks,
+        )
+        config.check_geometry(self.geometry)
+        return replace(self, config=config)
+
+    def with_full_attention(self, layers: Iterable[int], span: int, sinks: int | None = None) -> Adapter:
         """A pure student's adapter with softmax attention given back to these layers: their own new
         parameters go, their low-rank updates stay."""
-        config = self.config.with_full_attention(layers, span, self.geometry)
+        config = self.config.with_full_attention(layers, span, self.geometry, sinks)
         hybrid = replace(self, config=config)
         kept = hybrid.expected_shapes()
         return replace(hybrid, tensors={name: x for name, x in self.tensors.items() if name in kept})

@@ -6,13 +6,15 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
+from lawcat_edge.runtime.bundle.span import Span
 from lawcat_edge.runtime.errors import LawcatError
 
 if TYPE_CHECKING:
     from lawcat_edge.families import Geometry
 
 LINEAR, FULL = "linear_attention", "full_attention"  # as transformers writes them in ``layer_types``
-MAX_LAYERS, MAX_SPAN = 1024, 1 << 24
+MAX_LAYERS, MAX_SPAN, MAX_SINKS = 1024, 1 << 24, 64
+SINKS = 4  # as many as Xiao et al. (arXiv 2309.17453) found to be enough
 WINDOW_SCALINGS = ("max_score", "softmax")
 
 
@@ -30,6 +32,7 @@ class LawcatConfig:
     layer_types: ``linear_attention`` (LAWCAT) or ``full_attention`` (the teacher's softmax attention) for
         every layer; empty: a pure LAWCAT student, as in the paper.
     attention_span: tokens that a full-attention layer sees, the newest included; 0 without such layers.
+    attention_sinks: first tokens of the text that such a layer sees for ever (``Span``); 0 forgets them too.
     window_scaling: what the window adds to the common denominator. ``max_score``: its sums, each row scaled
         by its largest score. ``softmax``: its softmax output, with a weight of one.
     """
@@ -43,6 +46,7 @@ class LawcatConfig:
     eps: float = 1e-6
     layer_types: tuple[str, ...] = ()
     attention_span: int = 0
+    attention_sinks: int = 0
     window_scaling: str = "max_score"
 
     def __post_init__(self) -> None:
@@ -52,6 +56,7 @@ class LawcatConfig:
             "gate_rank": (1, 1024),
             "window": (0, 8192),
             "attention_span": (0, MAX_SPAN),
+            "attention_sinks": (0, MAX_SINKS),
         }
         for name, (low, high) in limits.items():
             value = getattr(self, name)
@@ -84,6 +89,16 @@ class LawcatConfig:
                 "attention_span must be at least 1 token where layers keep full attention, and 0 where none "
                 f"does, not {self.attention_span}."
             )
+        if self.attention_sinks and not (self.attention_span and self.span.possible):
+            raise LawcatError(
+                f"{self.attention_sinks} attention_sinks leave nothing else to see in an attention_span of "
+                f"{self.attention_span} tokens; keep fewer, or a longer span."
+            )
+
+    @property
+    def span(self) -> Span:
+        """What full-attention layers see."""
+        return Span(self.attention_span, self.attention_sinks)
 
     def full_attention(self, layer: int) -> bool:
         """Whether this layer keeps softmax attention."""
@@ -93,22 +108,28 @@ class LawcatConfig:
     def full_attention_layers(self) -> tuple[int, ...]:
         return tuple(i for i, kind in enumerate(self.layer_types) if kind == FULL)
 
-    def with_full_attention(self, layers: Iterable[int], span: int, geometry: Geometry) -> LawcatConfig:
+    def with_full_attention(
+        self, layers: Iterable[int], span: int, geometry: Geometry, sinks: int | None = None
+    ) -> LawcatConfig:
         """The same student with full attention in these layers; none at all makes it a pure one.
+
+        sinks: default 4 where the span has room for them and the teacher itself does not forget them.
 
         Raises LawcatError for a layer that does not exist or is named twice, for all of them, and for a span
         that is 0 or beyond the teacher's range.
         """
         chosen, count = list(layers), geometry.num_layers
         if not chosen:
-            return replace(self, layer_types=(), attention_span=0)
+            return replace(self, layer_types=(), attention_span=0, attention_sinks=0)
         for layer in chosen:
             if not 0 <= layer < count:
                 raise LawcatError(f"There is no layer {layer}: the teacher has layers 0 to {count - 1}.")
             if chosen.count(layer) > 1:
                 raise LawcatError(f"Layer {layer} is named twice as a full-attention layer; name it once.")
         kinds = tuple(FULL if i in chosen else LINEAR for i in range(count))
-        config = replace(self, layer_types=kinds, attention_span=span)
+        if sinks is None:
+            sinks = 0 if geometry.sliding_window or not Span(span, SINKS).possible else SINKS
+        config = replace(self, layer_types=kinds, attention_span=span, attention_sinks=sinks)
         config.check_geometry(geometry)
         return config
 
@@ -122,6 +143,11 @@ class LawcatConfig:
             raise LawcatError(
                 f"The span ({self.attention_span} tokens) is beyond the teacher's range of "
                 f"{geometry.max_positions}; lower --span."
+            )
+        if self.attention_sinks and geometry.sliding_window:
+            raise LawcatError(
+                f"The teacher itself sees {geometry.sliding_window} tokens back and no first ones, so its "
+                "layers cannot keep attention sinks; set --sinks 0."
             )
 
     @property

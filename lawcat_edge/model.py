@@ -35,7 +35,7 @@ class LawcatLayer(nn.Module):
         self.full = config.full_attention(layer)
         self.input_layernorm = teacher.input_layernorm
         self.self_attn: SoftmaxAttention = (
-            SoftmaxAttention(teacher.self_attn, geometry, config.attention_span)
+            SoftmaxAttention(teacher.self_attn, geometry, config.span)
             if self.full
             else LawcatAttention(teacher.self_attn, geometry, config, backend, layer, seed)
         )

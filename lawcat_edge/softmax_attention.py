@@ -3,7 +3,7 @@
 Letters: B batch, T tokens, D model width, H query heads, G key/value heads, d head width.
 
     q, k, v = x Wq, x Wk, x Wv          (with the family's biases and q/k norms)
-    y_t = softmax(q_t k_j / sqrt(d)) v_j    over the last ``span`` tokens j <= t, rotary on q and k
+    y_t = softmax(q_t k_j / sqrt(d)) v_j    over the tokens j <= t that its ``Span`` has, rotary on q and k
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from lawcat_edge.families import Geometry
 from lawcat_edge.rotary import Tables, local_tables, rotate, rotate_pairs
+from lawcat_edge.runtime.bundle.span import Span
 
 
 @dataclass
 class KeyValueState:
-    """What a full-attention layer remembers: the keys and values that exist, at most ``span - 1`` of them.
+    """What a full-attention layer remembers: the keys and values that exist, n = ``span.kept(seen)``.
 
     key, value [B, G, n, d]: un-rotated, newest last. seen: tokens read so far.
     """
@@ -32,12 +33,12 @@ class KeyValueState:
 
 
 class SoftmaxAttention(nn.Module):
-    """The teacher's attention of one layer, with its projections; as a student, over ``span`` tokens.
+    """The teacher's attention of one layer, with its projections; as a student, over ``span``.
 
     span None: all tokens (or the teacher's own sliding window, which bounds any span).
     """
 
-    def __init__(self, teacher: Any, geometry: Geometry, span: int | None = None) -> None:
+    def __init__(self, teacher: Any, geometry: Geometry, span: Span | None = None) -> None:
         super().__init__()
         self.q_proj, self.k_proj = teacher.q_proj, teacher.k_proj
         self.v_proj, self.o_proj = teacher.v_proj, teacher.o_proj
@@ -78,18 +79,54 @@ class SoftmaxAttention(nn.Module):
         v: Tensor,
         rotary: Tables,
         state: KeyValueState | None,
-        span: int | None = None,
+        span: Span | None = None,
     ) -> tuple[Tensor, KeyValueState | None]:
-        """The student's softmax attention over the last ``span`` tokens, y [B,T,H,d], and the state after it.
+        """The student's softmax attention over ``span``, y [B,T,H,d], and the state after it.
 
         rotary: tables at the tokens' positions, for a text that starts here (without a state, and none is
         returned). With a state, stored keys and new ones are rotated at local positions.
         """
+        if span is not None and span.sinks:
+            if state is None and q.shape[1] <= span.tokens:
+                return self._attend_from_start(q, k, v, rotary, None), None
+            y, after = self._attend_in_steps(q, k, v, state, span)
+            return y, None if state is None else after
         limit = self.geometry.sliding_window
-        if span is not None and (limit is None or span < limit):
-            limit = span
+        if span is not None and (limit is None or span.tokens < limit):
+            limit = span.tokens
         if state is None:
             return self._attend_from_start(q, k, v, rotary, limit), None
+        y, keys, values = self._attend_from_state(q, k, v, state, limit)
+        n = keys.shape[2]
+        kept = n if limit is None else min(n, limit - 1)
+        return y, KeyValueState(keys[:, :, n - kept :], values[:, :, n - kept :], state.seen + q.shape[1])
+
+    def _attend_in_steps(
+        self, q: Tensor, k: Tensor, v: Tensor, state: KeyValueState | None, span: Span
+    ) -> tuple[Tensor, KeyValueState]:
+        """Between two moments at which rows are forgotten attention is causal over what is remembered.
+
+        Local positions keep those of the sinks and of the others consecutive.
+        """
+        state = state or self.empty_state(q.shape[0], q.device)
+        outputs, at, T = [], 0, q.shape[1]
+        while at < T:
+            part = slice(at, at + span.room(state.key.shape[2]))
+            y, keys, values = self._attend_from_state(q[:, part], k[:, part], v[:, part], state, None)
+            outputs.append(y)
+            at += y.shape[1]
+            if keys.shape[2] == span.tokens:
+                keys, values = (
+                    torch.cat([x[:, :, : span.sinks], x[:, :, span.sinks + span.step :]], 2)
+                    for x in (keys, values)
+                )
+            state = KeyValueState(keys, values, state.seen + y.shape[1])
+        return torch.cat(outputs, 1), state
+
+    def _attend_from_state(
+        self, q: Tensor, k: Tensor, v: Tensor, state: KeyValueState, limit: int | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """y [B,T,H,d] over the last ``limit`` of the stored tokens and new ones, and all keys and values."""
         T, n = q.shape[1], state.key.shape[2]
         keys = torch.cat([state.key.to(k.dtype), k.transpose(1, 2)], 2)
         values = torch.cat([state.value.to(v.dtype), v.transpose(1, 2)], 2)
@@ -101,9 +138,7 @@ class SoftmaxAttention(nn.Module):
             attn_mask=_visible(T, n, limit, q.device),
             enable_gqa=True,
         )
-        kept = n + T if limit is None else min(n + T, limit - 1)
-        after = KeyValueState(keys[:, :, n + T - kept :], values[:, :, n + T - kept :], state.seen + T)
-        return y.transpose(1, 2), after
+        return y.transpose(1, 2), keys, values
 
     def attend(
         self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, rotary: Tables, state: KeyValueState | None

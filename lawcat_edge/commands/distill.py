@@ -42,6 +42,9 @@ def distill(
     span: Annotated[
         int | None, typer.Option(help="Tokens that a full-attention layer sees; 0: the teacher's range.")
     ] = None,
+    sinks: Annotated[
+        int | None, typer.Option(help="Of these, first tokens of the text, never forgotten; default: 4.")
+    ] = None,
     ranking_tokens: Annotated[
         int | None, typer.Option(help="Text that auto reads to choose the layers, in tokens.")
     ] = None,

@@ -56,9 +56,11 @@ def open_model(
     device: str = "auto",
     threads: int | None = None,
     window: int | None = None,
+    span: int | None = None,
+    sinks: int | None = None,
 ) -> LanguageModel:
     """MODEL as the command line takes it: a bundle, an adapter folder, or a teacher with or without an
-    adapter. window: another one than the adapter was trained with."""
+    adapter. window, span, sinks: others than the adapter was trained with."""
     from lawcat_edge.adapter import GENERAL, adapter_folder
     from lawcat_edge.runtime.bundle.hub import PREFIX
 
@@ -67,8 +69,10 @@ def open_model(
     if (folder / "lawcat_bundle.json").is_file():
         if adapter is not None:
             raise LawcatError("A bundle already holds its adapter; leave --adapter out.")
-        if window is not None:
-            raise LawcatError("A bundle's window is fixed; leave --window out, or export it again with one.")
+        if any(value is not None for value in (window, span, sinks)):
+            raise LawcatError(
+                "A bundle's window, span and sinks are fixed; leave them out, or export it again."
+            )
         from lawcat_edge.evaluate.lm import BundleModel
 
         return BundleModel(folder, threads=threads)
@@ -83,14 +87,14 @@ def open_model(
     if (folder / "lawcat_config.json").is_file():
         if adapter is not None:
             raise LawcatError(f"{name} is an adapter itself; leave --adapter out, or give the teacher first.")
-        loaded = Adapter.load(folder).with_window(window)
+        loaded = Adapter.load(folder).with_window(window).with_span(span, sinks)
         return StudentModel.load(teachers.resolve(loaded.teacher), loaded, name=name, device=device)
     teacher = teachers.resolve(name)
     if adapter is None:
-        if window is not None:
-            raise LawcatError("--window changes that of an adapter; give one with --adapter.")
+        if any(value is not None for value in (window, span, sinks)):
+            raise LawcatError("--window, --span and --sinks change an adapter's; give one with --adapter.")
         return TeacherModel.load(teacher, device=device)
-    student = Adapter.load(adapter).with_window(window)
+    student = Adapter.load(adapter).with_window(window).with_span(span, sinks)
     return StudentModel.load(teacher, student, name=str(adapter), device=device)
 
 
@@ -117,6 +121,13 @@ def eval(
     adapter: Annotated[str | None, typer.Option(help="Adapter folder, when MODEL is a teacher.")] = None,
     window: Annotated[
         int | None, typer.Option(help="Tokens of softmax attention; default: as the adapter was trained.")
+    ] = None,
+    span: Annotated[
+        int | None, typer.Option(help="Tokens that full-attention layers see; default: the adapter's.")
+    ] = None,
+    sinks: Annotated[
+        int | None,
+        typer.Option(help="Of these, first tokens of the text, never forgotten; as the adapter's."),
     ] = None,
     reference: Annotated[str | None, typer.Option(help="Teacher to take KL against (perplexity).")] = None,
     max_new_tokens: Annotated[
@@ -151,7 +162,7 @@ def eval(
             raise LawcatError("Perplexity needs text to read; name files with --text.")
         if len(sizes) != 1 or depths is not None or heatmap is not None:
             raise LawcatError("Perplexity takes one length, and neither --depths nor --heatmap.")
-        measured = open_model(model, adapter, device, threads, window)
+        measured = open_model(model, adapter, device, threads, window, span, sinks)
         teacher = open_model(reference, None, device, threads) if reference is not None else None
         if teacher is not None and teacher.tokenizer.get_vocab() != measured.tokenizer.get_vocab():
             raise LawcatError(
@@ -160,7 +171,7 @@ def eval(
         result = perplexity(measured, text, sizes[0], samples, teacher, deadline=deadline)
         _finish(result.to_dict(), out, json_, lambda: _show_perplexity(result))
         return
-    measured = open_model(model, adapter, device, threads, window)
+    measured = open_model(model, adapter, device, threads, window, span, sinks)
     prose = _prose(task, sizes, text, measured, seed)
     report = run_task(
         measured,

@@ -22,6 +22,16 @@ def export(
     window: Annotated[
         int | None, typer.Option(help="Tokens of softmax attention; default: as the adapter was trained.")
     ] = None,
+    span: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens that full-attention layers see; shorter: less memory. Default: the adapter's."
+        ),
+    ] = None,
+    sinks: Annotated[
+        int | None,
+        typer.Option(help="Of these, first tokens of the text, never forgotten; as the adapter's."),
+    ] = None,
     scheme: Annotated[
         str, typer.Option(help="fp32, int8, int8-dynamic, int8-static, int4, or a JSON file (your table).")
     ] = "int8",
@@ -109,7 +119,9 @@ def export(
     source = resolve(teacher)
     if window is not None and adapter is None:
         raise LawcatError("--window changes that of an adapter; give one with --adapter.")
-    given = Adapter.load(adapter).with_window(window) if adapter is not None else None
+    if (span is not None or sinks is not None) and adapter is None:
+        raise LawcatError("--span and --sinks change those of an adapter; give one with --adapter.")
+    given = None if adapter is None else Adapter.load(adapter).with_window(window).with_span(span, sinks)
     loaded, config = student(source, given)
     operators = [op.strip() for op in ops.split(",")]
     if not overwrite:

@@ -116,7 +116,11 @@ def _show(document: dict[str, Any]) -> None:
     )
     full = [str(i) for i, kind in enumerate(lawcat.get("layer_types") or []) if kind == "full_attention"]
     if full:
-        print(f"  full      attention in layers {', '.join(full)}, over {lawcat['attention_span']:,} tokens")
+        first = lawcat.get("attention_sinks", 0)
+        print(
+            f"  full      attention in layers {', '.join(full)}, over {lawcat['attention_span']:,} tokens"
+            + (f", the text's first {first} always among them" if first else "")
+        )
     if document["kind"] == "bundle":
         print(f"  scheme    {document['scheme']}; graphs {', '.join(document['ops'])}; made by ", end="")
         needs = ", ".join(f"{version} ({op})" for op, version in document["min_onnxruntime"].items())

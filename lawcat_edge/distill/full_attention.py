@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from lawcat_edge.runtime.bundle.span import Span
 from lawcat_edge.runtime.errors import LawcatError
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def rank_layers(
     model: LawcatModel,
     sequences: list[Tensor],
     count: int,
-    span: int,
+    span: Span,
     report: Callable[[dict[str, Any]], None] = lambda record: None,
 ) -> Ranking:
     """Choose ``count`` layers of a pure student greedily. sequences: ids [1,T] each, on the model's device.
@@ -100,7 +101,7 @@ def rank_layers(
     began = time.monotonic()
     layers = len(model.layers)
     steps = sum(layers - r for r in range(count)) * len(sequences)
-    ranking = Ranking(span, sum(ids.numel() for ids in sequences))
+    ranking = Ranking(span.tokens, sum(ids.numel() for ids in sequences))
     done = 0
     with torch.inference_mode():
         texts = [_Text(model, ids) for ids in sequences]
@@ -133,7 +134,7 @@ class _Text:
     def _log_probabilities(self, hidden: Tensor) -> Tensor:
         return self.model.lm_head(hidden[0, self.at]).float().log_softmax(-1)
 
-    def _layer(self, i: int, x: Tensor, full: bool, span: int) -> Tensor:
+    def _layer(self, i: int, x: Tensor, full: bool, span: Span) -> Tensor:
         layer: Any = self.model.layers[i]
         if not full:
             return layer.student(x, self.rotary, None)[0]
@@ -144,14 +145,14 @@ class _Text:
         student = self._log_probabilities(self.model.norm(x))
         return float((self.taught.exp() * (self.taught - student)).sum(-1).mean())
 
-    def kl(self, chosen: list[int], span: int) -> float:
+    def kl(self, chosen: list[int], span: Span) -> float:
         """Mean KL(teacher || student) in nats, with full attention in the chosen layers."""
         x = self.model.embed_tokens(self.ids)
         for i in range(len(self.model.layers)):
             x = self._layer(i, x, i in chosen, span)
         return self._kl(x)
 
-    def candidates(self, chosen: list[int], span: int) -> Iterator[tuple[int, float]]:
+    def candidates(self, chosen: list[int], span: Span) -> Iterator[tuple[int, float]]:
         """(layer, KL with full attention in it as well), for every layer that is not chosen."""
         count = len(self.model.layers)
         base = self.model.embed_tokens(self.ids)

@@ -37,6 +37,7 @@ from lawcat_edge.distill.train import StageRun, TrainLog
 from lawcat_edge.lora import parse_targets
 from lawcat_edge.model import LawcatModel, load_student
 from lawcat_edge.ops.backend import choose
+from lawcat_edge.runtime.bundle.span import Span
 from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.runtime.files import FileLock, read_bytes, read_json, write_json
 from lawcat_edge.runtime.generate.text import MAX_TOKENIZER, load_tokenizer
@@ -118,13 +119,14 @@ def _run(
     elif resume:  # sampling was interrupted, or what came right after it
         check_begun(folder, facts)
     choice, span = _full_attention(settings, teacher, start_from)
+    sinks = None if settings.sinks < 0 else settings.sinks
     layers = choice.fixed(teacher.geometry.num_layers)
     wanted = choice.wanted(teacher.geometry.num_layers)
     if wanted and done is not None and done.stage == "finetune":
         layers, wanted = tuple(read_json(folder / TABLE)["layers"]), 0
-    config = _config(settings, teacher).with_full_attention(layers, span, teacher.geometry)
+    config = _config(settings, teacher).with_full_attention(layers, span, teacher.geometry, sinks)
     if start_from is not None and layers:
-        start_from = start_from.with_full_attention(layers, span)
+        start_from = start_from.with_full_attention(layers, span, sinks)
     model = load_student(teacher, start_from, config, settings.backend, settings.seed)
     if not sharded(accelerator):  # shards go to the device one by one: all of a large teacher may not fit
         model.to(accelerator.device)
@@ -192,11 +194,12 @@ def _run(
             ids = [torch.from_numpy(row.ids.astype("int64")[None]).to(accelerator.device) for row in first]
             pure.eval().to(accelerator.device)
             with torch.compiler.set_stance("force_eager"):
-                ranking = rank_layers(pure, ids, wanted, span, report)
+                ranking = rank_layers(pure, ids, wanted, Span(span), report)
             write_json(table, ranking.to_dict())
         accelerator.wait_for_everyone()
         chosen = read_json(table)["layers"]
-        hybrid = _plain(_adapter(pure, teacher, {}).with_full_attention(chosen, span), teacher, settings)
+        ranked = _adapter(pure, teacher, {}).with_full_attention(chosen, span, sinks)
+        hybrid = _plain(ranked, teacher, settings)
         return hybrid if sharded(accelerator) else hybrid.to(accelerator.device)
 
     summary: dict[str, Any] = {}

@@ -29,6 +29,7 @@ _WHOLE = {
     "conv_kernel": (2, 16),
     "window": (0, 8192),
     "span": (0, 1 << 24),
+    "sinks": (-1, 64),
     "ranking_tokens": (16, 1 << 24),
     "seed": (0, (1 << 63) - 1),
     "checkpoint_every": (1, 1 << 40),
@@ -56,7 +57,9 @@ class DistillSettings:
     full_attention: layers that keep softmax attention: ``none``, numbers (``14,17,20,23``), ``every:7``, or
         ``auto:4``, the four that help a pure student most (``lawcat_edge.distill.full_attention``).
     window_scaling: as in LawcatConfig; the default was the better of the two (docs/hybrid.md).
-    span: tokens that these see; 0: the teacher's range. ranking_tokens: text that ``auto`` reads.
+    span: tokens that these see; 0: the teacher's range. sinks: of these, first tokens of the text, which they
+        never forget; -1: 4, or none where the teacher itself forgets them. ranking_tokens: text that ``auto``
+        reads.
     lora_targets: ``all-linear``, or projections by name, as peft's target_modules.
     teacher_tokens: how much text to sample from the teacher when task_mix names ``teacher``.
     compile: torch.compile the parts around the Triton kernels (a fifth faster on a GPU, after half a minute).
@@ -91,6 +94,7 @@ class DistillSettings:
     window_scaling: str = "softmax"
     full_attention: str = "none"
     span: int = 0
+    sinks: int = -1
     ranking_tokens: int = 2048
     rope: bool = False
     precision: str = "auto"

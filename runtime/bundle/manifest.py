@@ -19,10 +19,14 @@ from typing import Any
 from lawcat_edge.runtime import files
 from lawcat_edge.runtime.bundle import hub, signature
 from lawcat_edge.runtime.bundle.graph_check import MAX_MODEL_BYTES, ModelSummary, check_model
+from lawcat_edge.runtime.bundle.span import Span
 from lawcat_edge.runtime.errors import CheckFailed, LawcatError
 
 MANIFEST = "lawcat_bundle.json"
-FORMAT = 3  # since 3: keys and values in buffers that grow, full-attention layers, query heads in order
+# Since 3: keys and values in buffers that grow, full-attention layers, query heads in order.
+# Since 4: attention sinks.
+FORMAT = 4
+READABLE = (3, 4)
 OPS = ("ort", "onnx", "portable")
 # The graphs a flavour may have, all over one weights file. last: logits of the last position; all: of every
 # position. step and chunk: as last, with B = 1 and a fixed T, for runtimes without dynamic shapes. genai: as
@@ -47,7 +51,7 @@ _GEOMETRY_CAPS = {
 _LAWCAT_CAPS = {"conv_kernel": 16, "feature_dim": 1024}
 LAYER_TYPES = ("linear_attention", "full_attention")
 WINDOW_SCALINGS = ("max_score", "softmax")
-MAX_SPAN = 1 << 24
+MAX_SPAN, MAX_SINKS = 1 << 24, 64
 TOKENS = "tokens"  # the axis of a buffer along which it grows
 
 
@@ -132,8 +136,8 @@ class Manifest:
         return tuple(i for i, kind in enumerate(kinds) if kind == LAYER_TYPES[1])
 
     @cached_property
-    def spans(self) -> dict[str, int]:
-        """Tokens that a layer with buffers of each kind sees, the newest included."""
+    def spans(self) -> dict[str, Span]:
+        """What layers with buffers of each kind see."""
         return expected_spans(self.geometry, self.lawcat)
 
     @property
@@ -147,7 +151,7 @@ class Manifest:
 
     def kept(self, buffer: str, tokens: int) -> int:
         """Rows of a buffer that a text of so many tokens goes on from: the others are never seen again."""
-        return min(tokens, self.spans[buffer] - 1)
+        return self.spans[buffer].kept(tokens)
 
     def state_bytes(self, tokens: int | None = None) -> int:
         """Bytes of the state of one text of so many tokens, as a snapshot holds it; None: at most."""
@@ -165,10 +169,10 @@ class Manifest:
         if not isinstance(data, dict):
             raise LawcatError(f"{MANIFEST} is not a JSON object; export the bundle again.")
         version = data.get("format")
-        if version != FORMAT or type(version) is not int:
+        if version not in READABLE or type(version) is not int:
             raise LawcatError(
-                f"{MANIFEST} has format {str(version)[:40]!r} and this runner reads {FORMAT}; "
-                "update lawcat-edge or export the bundle again."
+                f"{MANIFEST} has format {str(version)[:40]!r} and this runner reads {READABLE[0]} to {FORMAT}"
+                "; update lawcat-edge or export the bundle again."
             )
         unknown = sorted(set(data) - set(_ORDER))
         if unknown:
@@ -214,6 +218,10 @@ class Manifest:
             raise _bad("lawcat.layer_types", f"must be {' or '.join(LAYER_TYPES)} each")
         least, most = (1, MAX_SPAN) if LAYER_TYPES[1] in kinds else (0, 0)
         _whole(self.lawcat.get("attention_span", 0), "lawcat.attention_span", least, most)
+        sinks = self.lawcat.get("attention_sinks", 0)
+        _whole(sinks, "lawcat.attention_sinks", 0, MAX_SINKS if most else 0)
+        if sinks and (not self.spans["full"].possible or self.geometry.get("sliding_window")):
+            raise _bad("lawcat.attention_sinks", "does not fit the span")
         if self.geometry.get("sliding_window") is not None:
             _whole(self.geometry["sliding_window"], "geometry.sliding_window", 1, 1 << 31)
         _text(self.geometry.get("family", ""), "geometry.family")
@@ -314,28 +322,28 @@ def expected_state(geometry: dict[str, Any], lawcat: dict[str, Any]) -> list[Sta
     return state
 
 
-def expected_spans(geometry: dict[str, Any], lawcat: dict[str, Any]) -> dict[str, int]:
-    """Tokens that a layer with buffers of each kind sees: those of the window, and of full attention."""
+def expected_spans(geometry: dict[str, Any], lawcat: dict[str, Any]) -> dict[str, Span]:
+    """What layers with buffers of each kind see: those of the window, and of full attention."""
     kinds = lawcat.get("layer_types") or [LAYER_TYPES[0]]
     spans = {}
     if lawcat.get("window", 0) and LAYER_TYPES[0] in kinds:
-        spans["window"] = lawcat["window"]
+        spans["window"] = Span(lawcat["window"])
     if LAYER_TYPES[1] in kinds:
-        span = lawcat["attention_span"]
-        spans["full"] = min(span, geometry.get("sliding_window") or span)
+        tokens = min(lawcat["attention_span"], geometry.get("sliding_window") or MAX_SPAN)
+        spans["full"] = Span(tokens, lawcat.get("attention_sinks", 0))
     return spans
 
 
-def state_bytes(state: Iterable[StateTensor], spans: dict[str, int], tokens: int | None = None) -> int:
+def state_bytes(state: Iterable[StateTensor], spans: dict[str, Span], tokens: int | None = None) -> int:
     """Bytes of the state after so many tokens: what a text goes on from. None: at most."""
     total = 0
     for tensor in state:
-        most = spans[tensor.buffer] - 1 if tensor.buffer else 0
-        total += 4 * _product(tensor.sizes(most if tokens is None else min(tokens, most)))
+        span = spans.get(tensor.buffer, Span(1))
+        total += 4 * _product(tensor.sizes(span.most if tokens is None else span.kept(tokens)))
     return total
 
 
-def state_sizes(state: Iterable[StateTensor], spans: dict[str, int]) -> dict[str, int]:
+def state_sizes(state: Iterable[StateTensor], spans: dict[str, Span]) -> dict[str, int]:
     """Bytes of the state of one text before its first token, after 8,192 tokens, and at most."""
     tensors = list(state)
     return {

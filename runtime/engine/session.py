@@ -137,7 +137,7 @@ class Engine:
         if kind in _FIXED:
             sizes = {item.name: item.shape for item in self._session(kind).get_inputs()}
             slots = {t.buffer: int(sizes[t.input][2]) for t in manifest.state if t.buffer}
-        return State(manifest.state, in_place, batch, manifest.spans, slots, capacity)
+        return State(manifest.state, in_place, batch, manifest.spans, slots, capacity, self._frequencies)
 
     def forward(self, ids: np.ndarray, state: State, all_positions: bool = False) -> np.ndarray:
         """Feed ids [B,T], any T >= 1, updating `state`; logits float32 [B,V] of the last token, or [B,T,V].
@@ -145,20 +145,32 @@ class Engine:
         The result is a buffer that the next call with this state overwrites: copy it to keep it.
         Callers feed long texts in pieces (``prefill``), since memory grows with T.
         """
-        kind = "all" if all_positions else "last"
-        longest = self._longest
-        if longest is None or ids.ndim != 2 or ids.shape[1] <= longest:
-            logits = self.run(kind, ids, state)
-        else:
-            self._check_tokens(ids, state)
-            pieces = (ids[:, at : at + longest] for at in range(0, ids.shape[1], longest))
-            each = [self.run(kind, piece, state).copy() for piece in pieces]
-            logits = np.concatenate(each, axis=1) if all_positions else each[-1]
+        logits = self.run("all" if all_positions else "last", ids, state)
         return logits if all_positions else logits[:, 0]
 
     def run(self, kind: str, ids: np.ndarray, state: State) -> np.ndarray:
-        """One call of the graph ``kind`` (see ``kinds``); logits [B,T,V] of "all", else [B,1,V]."""
+        """Feed ids [B,T] to the graph ``kind`` (see ``kinds``); logits [B,T,V] of "all", else [B,1,V].
+
+        In several calls where the state has no room for all tokens at once, or the graph must not have them.
+        """
         self._check_tokens(ids, state)
+        T, parts, at = ids.shape[1], [], 0
+        while True:
+            count = min(T - at, state.room, self._longest or T)
+            if kind in _FIXED and count < T:
+                raise LawcatError(
+                    f"There is room for {state.room} tokens before the oldest are forgotten; read those one "
+                    "by one, with the graph `step`."
+                )
+            logits = self._read(kind, ids[:, at : at + count], state)
+            at += count
+            if at == T:
+                break
+            if kind == "all":
+                parts.append(logits.copy())
+        return np.concatenate([*parts, logits], axis=1) if parts else logits
+
+    def _read(self, kind: str, ids: np.ndarray, state: State) -> np.ndarray:
         T = ids.shape[1]
         state.make_room(T)
         if state.batch > 1 and T > 1 and state.buffers and self.flavour == "ort":
@@ -175,13 +187,17 @@ class Engine:
         """Whether there is a graph for ``try_tokens``."""
         return self._choosable or "all" in self.kinds
 
+    def trial_room(self, state: State) -> int:
+        """Tokens that ``try_tokens`` takes at once."""
+        return min(self.longest_trial, state.room)
+
     def try_tokens(self, ids: np.ndarray, state: State) -> np.ndarray:
-        """Read ids [1,T] on trial, T <= ``longest_trial``: logits [T,V], which the next trial overwrites.
+        """Read ids [1,T] on trial, T <= ``trial_room``: logits [T,V], which the next trial overwrites.
 
         ``state.accept(T)`` makes it so; without, the state is what it was.
         """
         assert state.batch == 1
-        assert ids.shape[1] <= self.longest_trial
+        assert ids.shape[1] <= self.trial_room(state)
         self._check_tokens(ids, state)
         state.make_room(ids.shape[1])
         # A second session has weights of its own, and takes its time to open.
@@ -197,7 +213,7 @@ class Engine:
             if trial or (kind == "last" and (T <= _OFTEN or self.chunk == T)):
                 state.bindings[key] = call
         call.ids[...] = ids
-        state.fill_inputs(call.extra, self._frequencies)
+        state.fill_inputs(call.extra)
         try:
             call.session.run_with_iobinding(call.binding)
         except Exception as error:
@@ -240,7 +256,7 @@ class Engine:
                 choice[_CHOICE] = np.arange(T)
         else:
             logits = aligned((state.batch, T if kind == "all" else 1, self.vocab_size))
-        extra = state.new_inputs(T, self._frequencies)
+        extra = state.new_inputs(T)
         binding = session.io_binding()
         inputs = [("input_ids", ids), *extra.items(), *choice.items()]
         # Of arrays with more rows the first ones are bound: those of the sequences.

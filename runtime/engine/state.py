@@ -2,7 +2,8 @@
 
 A buffer holds one row a token in slots from 0 on. It grows in blocks up to the tokens that its layers see;
 then rows that no later token will see are forgotten and the others moved to the front, once in many tokens.
-Keys are rotated at their positions before they are stored, so a row may lie in any slot.
+Keys are rotated at their positions before they are stored, so a row may lie in any slot. The first tokens of
+a text may be kept (``Span``): their keys are rotated on when others behind them are forgotten.
 """
 
 from __future__ import annotations
@@ -13,28 +14,23 @@ from typing import Any
 import numpy as np
 
 from lawcat_edge.runtime.bundle.manifest import StateTensor
+from lawcat_edge.runtime.bundle.span import Span
 from lawcat_edge.runtime.engine import rotary
 
 BLOCK = 256  # rows by which a buffer grows
 _AT_ONCE = 512  # a buffer that never needs more has all its slots from the first token on
-_LEAST_SLACK = 32
 
 
-def slack(span: int) -> int:
-    """Rows that wait to be forgotten: each costs a little attention, and moving the others costs more."""
-    return max(_LEAST_SLACK, span // 16)
-
-
-def slots_for(span: int, rows: int, tokens: int) -> int:
+def slots_for(span: Span, rows: int, tokens: int) -> int:
     """Slots of a buffer that is to hold so many rows and takes so many tokens at once."""
-    most = span - 1 + max(tokens, slack(span))
+    most = span.slots(tokens)
     return max(rows, most if most <= _AT_ONCE else min(most, -(-rows // BLOCK) * BLOCK))
 
 
 class Buffer:
     """The buffers of one kind, alike in all layers: how many slots they have, and which rows are in use."""
 
-    def __init__(self, span: int, batch: int) -> None:
+    def __init__(self, span: Span, batch: int) -> None:
         self.span = span
         self.slots = 0
         self.fill = np.zeros(batch, np.int64)  # rows in use, of every sequence
@@ -42,17 +38,17 @@ class Buffer:
     @property
     def kept(self) -> np.ndarray:
         """Rows that a later token will see, [B]."""
-        return np.minimum(self.fill, self.span - 1)
+        return np.minimum(self.fill, self.span.most)
 
 
 class State:
     """The state of `batch` sequences, in the first rows of arrays that may have more (``put``).
 
-    positions: tokens that each has read, [capacity]. spans: tokens that the layers with buffers of each kind
-    see.
+    positions: tokens that each has read, [capacity]. spans: what layers with buffers of each kind see.
     in_place: tensors whose step may write where it reads; the others alternate between two arrays.
     slots: of buffers that cannot grow, because their graph has shapes of fixed size.
     capacity: rows of the arrays; default: as many as there are sequences.
+    frequencies: of ``rotary.inverse_frequencies``; None where the graph has no rotary embedding.
     """
 
     def __init__(
@@ -60,9 +56,10 @@ class State:
         tensors: Sequence[StateTensor],
         in_place: Sequence[bool],
         batch: int,
-        spans: dict[str, int] | None = None,
+        spans: dict[str, Span] | None = None,
         slots: dict[str, int] | None = None,
         capacity: int = 0,
+        frequencies: np.ndarray | None = None,
     ) -> None:
         self.tensors = tuple(tensors)
         self.in_place = tuple(in_place)
@@ -72,6 +69,7 @@ class State:
         self.spans = dict(spans or {})
         self.buffers = {name: Buffer(span, self.capacity) for name, span in self.spans.items()}
         self._fixed = slots
+        self.frequencies = frequencies
         for name, count in (slots or {}).items():
             self.buffers[name].slots = count
         self.arrays: list[np.ndarray] = []
@@ -144,16 +142,24 @@ class State:
 
     def _count(self, tokens: int) -> None:
         self.positions[: self.batch] += tokens
-        for buffer in self.buffers.values():
+        for name, buffer in self.buffers.items():
             buffer.fill[: self.batch] += tokens
+            if buffer.span.sinks:
+                self._forget_between(name)
 
     # -- buffers ---------------------------------------------------------------------------------------------
 
+    @property
+    def room(self) -> int:
+        """Tokens that every sequence can read at once: at least one."""
+        filled = ((b.span, int(b.fill[: self.batch].max(initial=0))) for b in self.buffers.values())
+        return min((span.room(fill) for span, fill in filled), default=Span(1).room(0))
+
     def make_room(self, tokens: int) -> None:
-        """Slots for so many more tokens of every sequence, in every buffer."""
+        """Slots for so many more tokens of every sequence, in every buffer; at most ``room`` of them."""
         for name, buffer in self.buffers.items():
             after = int(buffer.fill.max()) + tokens
-            allowed = buffer.span - 1 + max(tokens, slack(buffer.span))
+            allowed = buffer.span.slots(tokens)
             if after > min(allowed, buffer.slots if self._fixed else allowed):
                 self._forget(name)
                 after = int(buffer.fill.max()) + tokens
@@ -163,7 +169,7 @@ class State:
 
     def _more_slots(self, buffer: Buffer, rows: int, tokens: int) -> int:
         # Growing copies every sequence, so where there may be many it doubles, to happen a few times at most.
-        doubled = min(2 * buffer.slots, buffer.span) if self.capacity > 1 else 0
+        doubled = min(2 * buffer.slots, buffer.span.tokens) if self.capacity > 1 else 0
         return slots_for(buffer.span, max(rows, doubled), tokens)
 
     def _forget(self, name: str) -> None:
@@ -181,6 +187,27 @@ class State:
                     rows[..., :count, :] = rows[..., end - count : end, :]
         fill[:] = kept
 
+    def _forget_between(self, name: str) -> None:
+        """Where all rows of the span are in use, forget the oldest behind the sinks, and move both up."""
+        buffer = self.buffers[name]
+        span = buffer.span
+        full = np.flatnonzero(buffer.fill[: self.batch] == span.tokens)
+        for tensor, array in zip(self.tensors, self.arrays, strict=True):
+            if tensor.buffer == name:
+                for row in full:
+                    if tensor.input.endswith(".key"):
+                        self._rotate_on(array[row, :, : span.sinks], span.step)
+                    end = span.tokens - span.step
+                    array[row, :, span.sinks : end] = array[row, :, span.sinks + span.step : span.tokens]
+        buffer.fill[full] -= span.step
+
+    def _rotate_on(self, keys: np.ndarray, positions: int) -> None:
+        """Keys [G,n,d] as if they stood so many positions later, in place."""
+        assert self.frequencies is not None
+        cos, sin = (f(positions * self.frequencies) for f in (np.cos, np.sin))
+        a, b = np.split(keys.astype(np.float64), 2, -1)
+        keys[...] = np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+
     def _grow(self, name: str, slots: int) -> None:
         self.bindings.clear()  # they hold the old arrays
         buffer = self.buffers[name]
@@ -196,34 +223,33 @@ class State:
 
     # -- what a graph takes beside tokens and tensors --------------------------------------------------------
 
-    def new_inputs(self, tokens: int, frequencies: np.ndarray | None) -> dict[str, np.ndarray]:
+    def new_inputs(self, tokens: int) -> dict[str, np.ndarray]:
         """Arrays for the graph inputs that tell positions and lengths, for so many tokens of every sequence.
 
-        frequencies: of ``rotary.inverse_frequencies``; None where the graph has no rotary embedding. The
-        tables have the rows of the tokens at hand and then as many more as onnxruntime asks for.
+        The tables have the rows of the tokens at hand and then as many more as onnxruntime asks for.
         """
         shape = (self.batch, tokens)
         inputs: dict[str, np.ndarray] = {
             f"{name}_seqlens_k": np.zeros(self.batch, np.int32) for name in self.buffers
         }
-        if frequencies is not None:
+        if self.frequencies is not None:
             slots = [buffer.slots for buffer in self.buffers.values()]
             rows = max(self.batch * tokens, self._cos.shape[0], *slots)
-            if self._cos.shape != (rows, frequencies.size):
+            if self._cos.shape != (rows, self.frequencies.size):
                 self.bindings.clear()  # they hold the old tables
-                self._cos, self._sin = (aligned((rows, frequencies.size)) for _ in range(2))
+                self._cos, self._sin = (aligned((rows, self.frequencies.size)) for _ in range(2))
             inputs["position_ids"] = np.arange(self.batch * tokens, dtype=np.int64).reshape(shape)
             inputs["cos_cache"], inputs["sin_cache"] = self._cos, self._sin
         return inputs
 
-    def fill_inputs(self, inputs: dict[str, np.ndarray], frequencies: np.ndarray | None) -> None:
+    def fill_inputs(self, inputs: dict[str, np.ndarray]) -> None:
         """Write the positions and lengths of the next tokens into arrays of ``new_inputs``."""
         for name, buffer in self.buffers.items():
             inputs[f"{name}_seqlens_k"][:] = buffer.fill[: self.batch] + (self._tokens(inputs) - 1)
-        if frequencies is not None:
+        if self.frequencies is not None:
             T = self._tokens(inputs)
             for row, position in enumerate(self.positions[: self.batch]):
-                angle = rotary.angles(frequencies, int(position), T)
+                angle = rotary.angles(self.frequencies, int(position), T)
                 own = slice(row * T, (row + 1) * T)
                 np.cos(angle, out=inputs["cos_cache"][own], casting="same_kind")
                 np.sin(angle, out=inputs["sin_cache"][own], casting="same_kind")
@@ -232,11 +258,11 @@ class State:
     def _tokens(inputs: dict[str, np.ndarray]) -> int:
         return inputs["position_ids"].shape[1]
 
-    def feeds(self, ids: np.ndarray, frequencies: np.ndarray | None) -> dict[str, np.ndarray]:
+    def feeds(self, ids: np.ndarray) -> dict[str, np.ndarray]:
         """All inputs of a graph by name, for a session that is run without bindings: ids [B,T]."""
         self.make_room(ids.shape[1])
-        inputs = self.new_inputs(ids.shape[1], frequencies)
-        self.fill_inputs(inputs, frequencies)
+        inputs = self.new_inputs(ids.shape[1])
+        self.fill_inputs(inputs)
         tensors = {t.input: array for t, array in zip(self.tensors, self.arrays, strict=True)}
         return {"input_ids": ids, **inputs, **tensors}
 
@@ -254,7 +280,7 @@ class State:
         Its tensors are those of now: a step of the batch may put others in their place, of which the view
         does not learn. What it says of lengths stays right.
         """
-        view = State(self.tensors, self.in_place, 0, self.spans)
+        view = State(self.tensors, self.in_place, 0, self.spans, frequencies=self.frequencies)
         at = slice(index, index + 1)
         view.batch, view.capacity, view.positions = 1, 1, self.positions[at]
         for name, buffer in self.buffers.items():
@@ -278,7 +304,10 @@ class State:
         """One state of all sequences of `states`, in order; of those named by ``which`` alone."""
         first = states[0]
         chosen = [list(rows) for rows in which] if which else [list(range(state.batch)) for state in states]
-        joined = State(first.tensors, first.in_place, sum(map(len, chosen)), first.spans, first._fixed)
+        count, frequencies = sum(map(len, chosen)), first.frequencies
+        joined = State(
+            first.tensors, first.in_place, count, first.spans, first._fixed, frequencies=frequencies
+        )
         joined.positions = np.concatenate([s.positions[rows] for s, rows in zip(states, chosen, strict=True)])
         for name, buffer in joined.buffers.items():
             kept = [s.buffers[name].kept[rows] for s, rows in zip(states, chosen, strict=True)]
@@ -356,7 +385,7 @@ class State:
         assert self.batch == 1
         self.positions[:] = position
         for name, buffer in self.buffers.items():
-            count = min(position, buffer.span - 1)
+            count = buffer.span.kept(position)
             buffer.fill[:] = 0
             if count > buffer.slots:
                 self._grow(name, count)

@@ -147,7 +147,7 @@ class Core:
         try:
             self._rows.arrange([])
             if writer.drafter is not None and self.engine.can_try:
-                draft = writer.draft(self.engine.longest_trial)
+                draft = writer.draft(self.engine.trial_room(writer.context.state))
                 if draft:
                     return Advance(writer, self._try(writer, draft))
             context = writer.context

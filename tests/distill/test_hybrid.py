@@ -17,6 +17,7 @@ from lawcat_edge.distill.full_attention import FullAttention, rank_layers
 from lawcat_edge.distill.run import distill
 from lawcat_edge.distill.settings import DistillSettings
 from lawcat_edge.model import LawcatModel, load_student
+from lawcat_edge.runtime.bundle.span import Span
 from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.teacher import resolve
 
@@ -63,13 +64,33 @@ def test_whole_pieces_and_tokens_agree_across_the_span(tmp_path: Path, family: s
             torch.testing.assert_close(pieces(model, ids, sizes), whole, rtol=1e-9, atol=1e-9)
 
 
+def test_with_sinks_a_token_sees_the_first_ones_and_the_newest_as_if_nothing_was_between(
+    tmp_path: Path,
+) -> None:
+    """Against the teacher's own attention, which reads just the tokens that are left."""
+    model = student(tmp_path / "t", "llama")
+    layer: Any = model.layers[1]
+    span, T = Span(12, 2), 40
+    x = torch.randn(1, T, model.geometry.hidden_size, dtype=torch.float64)
+    _, q, k, v = layer.read(x)
+    y = layer.self_attn.full_attention(q, k, v, model.rotary(0, T), None, span)[0]
+    rows: list[int] = []
+    for t in range(T):
+        rows.append(t)
+        few = [part[:, rows] for part in (q, k, v)]
+        want = layer.self_attn.softmax(*few, model.rotary(0, len(rows)))[:, -1]
+        torch.testing.assert_close(y[:, t], want, rtol=1e-9, atol=1e-9)
+        if len(rows) == 12:
+            del rows[2:5]
+
+
 def test_a_full_attention_layer_is_the_teacher_within_its_span_and_forgets_beyond(tmp_path: Path) -> None:
     model = student(tmp_path / "t", "llama", span=6)
     layer: Any = model.layers[1]
     x = torch.randn(1, 20, model.geometry.hidden_size, dtype=torch.float64)
     rotary = model.rotary(0, 20)
     _, q, k, v = layer.read(x)
-    y = layer.self_attn.full_attention(q, k, v, rotary, None, 6)[0]
+    y = layer.self_attn.full_attention(q, k, v, rotary, None, Span(6))[0]
     for t in range(20):  # the teacher, which reads only the last 6 tokens
         first = max(0, t - 5)
         tables = model.rotary(0, t + 1 - first)
@@ -151,10 +172,10 @@ def test_the_ranking_is_the_greedy_choice_by_kl(tmp_path: Path) -> None:
     teacher = resolve(tmp_path / "t")
     pure = LawcatConfig(feature_dim=4, window=4)
     ids = torch.randint(0, 257, (1, 150), generator=torch.Generator().manual_seed(2))
-    ranking = rank_layers(load_student(teacher, config=pure, seed=5), [ids], 2, 64)
+    ranking = rank_layers(load_student(teacher, config=pure, seed=5), [ids], 2, Span(64))
 
     def kl(layers: tuple[int, ...]) -> float:
-        config = pure.with_full_attention(layers, 64, teacher.geometry)
+        config = pure.with_full_attention(layers, 64, teacher.geometry, sinks=0)
         model = load_student(teacher, config=config)
         untouched = load_student(teacher, config=pure, seed=5).new_parameters()
         with torch.no_grad():
@@ -238,7 +259,8 @@ def test_an_adapter_whose_config_contradicts_its_tensors_is_refused(corpus: Path
     path = tmp_path / "a" / "lawcat_config.json"
     data = json.loads(path.read_text())
     for change, message in (
-        ({"layer_types": ["linear_attention"] * 3, "attention_span": 0}, "conv_k"),
+        ({"layer_types": ["linear_attention"] * 3, "attention_span": 0, "attention_sinks": 0}, "conv_k"),
+        ({"attention_sinks": 19}, "attention_sinks"),
         ({"layer_types": ["linear_attention", "full_attention"]}, "3"),
         ({"layer_types": ["full_attention", "softmax", "linear_attention"]}, "softmax"),
         ({"attention_span": 1 << 40}, "attention_span"),

@@ -153,7 +153,7 @@ def test_open_model_tells_the_kinds_apart(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "lawcat_bundle.json").write_text("{}")
     with pytest.raises(LawcatError, match="leave --adapter out"):
         open_model(str(tmp_path), adapter="x")
-    with pytest.raises(LawcatError, match="window is fixed"):
+    with pytest.raises(LawcatError, match="window, span and sinks are fixed"):
         open_model(str(tmp_path), window=8)
     with pytest.raises(LawcatError, match="give one with --adapter"):
         open_model(str(folder), device="cpu", window=8)

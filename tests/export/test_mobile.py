@@ -47,12 +47,12 @@ def greedy(path: Path, manifest: Any, count: int) -> list[int]:
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     names = [item.name for item in session.get_outputs()]
     tensors = manifest.state
-    state = State(tensors, [False] * len(tensors), 1, manifest.spans)
     frequencies = rotary.inverse_frequencies(manifest.geometry) if manifest.rotary else None
+    state = State(tensors, [False] * len(tensors), 1, manifest.spans, frequencies=frequencies)
     ids = list(PROMPT)
     tokens: list[int] = []
     while len(tokens) < count:
-        feeds = state.feeds(np.array([ids], np.int64), frequencies)
+        feeds = state.feeds(np.array([ids], np.int64))
         out = dict(zip(names, session.run(names, feeds), strict=True))
         state.take(out, len(ids))
         ids = [int(out["logits"][0, -1].argmax())]

@@ -25,6 +25,8 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 HYBRID: dict[str, Any] = {"layer_types": ("full_attention", "linear_attention"), "attention_span": 33}
+SINKS: dict[str, Any] = {**HYBRID, "attention_sinks": 3}
+EACH = pytest.mark.parametrize("hybrid", [HYBRID, SINKS], ids=["sliding", "sinks"])
 CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("llama", {}, {}),
     ("llama", {"window": 8}, {"attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3}),
@@ -36,6 +38,8 @@ CASES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("qwen3", {"window": 6, "rope": True}, {"num_attention_heads": 4, "num_key_value_heads": 2}),
     # layers with full attention, whose span is passed within the text, or not
     ("llama", {"window": 5, "window_scaling": "softmax", **HYBRID}, {"rope_parameters": LLAMA3}),
+    ("llama", {"window": 4, **SINKS}, {"num_key_value_heads": 3, "rope_parameters": LLAMA3}),
+    ("qwen3", {**SINKS, "attention_span": 100}, {"num_attention_heads": 4, "num_key_value_heads": 2}),
     ("mistral", {**HYBRID, "attention_span": 60}, {"sliding_window": 11, "num_key_value_heads": 3}),
     ("qwen2", {"window": 7, **HYBRID}, {"num_attention_heads": 4, "num_key_value_heads": 2}),
     ("qwen3", {"window": 4, "rope": True, **HYBRID, "attention_span": 1000}, {"attention_bias": True}),
@@ -74,7 +78,11 @@ def test_torch_is_not_insensitive(tmp_path: Path) -> None:
         assert compare(reference, got).rel_err > 3e-5, name
 
 
-@pytest.mark.parametrize("hybrid", [{}, {**HYBRID, "attention_span": 300}], ids=["pure", "hybrid"])
+@pytest.mark.parametrize(
+    "hybrid",
+    [{}, {**HYBRID, "attention_span": 300}, {**SINKS, "attention_span": 300}],
+    ids=["pure", "sliding", "sinks"],
+)
 def test_long_text_with_a_window(tmp_path: Path, hybrid: dict[str, Any]) -> None:
     """After ten thousand tokens the logits still follow torch: positions stay right past any length."""
     config = LawcatConfig(feature_dim=8, window=8, rope=True, **hybrid)
@@ -103,9 +111,10 @@ def test_extreme_gates(tmp_path: Path) -> None:
     assert report["parity"]["ort"]["rel_err"] < 3e-5
 
 
-def test_batch_of_texts(tmp_path: Path) -> None:
+@EACH
+def test_batch_of_texts(tmp_path: Path, hybrid: dict[str, Any]) -> None:
     """Sequences of a batch do not see each other."""
-    config = LawcatConfig(feature_dim=8, window=3, **HYBRID)
+    config = LawcatConfig(feature_dim=8, window=3, **hybrid)
     teacher, model, adapter = make_student(tmp_path / "t", config=config)
     make_bundle(teacher, model, adapter, tmp_path / "b", verify=False, ops=("ort", "portable"))
     tokens = np.random.default_rng(0).integers(0, 257, (3, 40))
@@ -119,10 +128,11 @@ def test_batch_of_texts(tmp_path: Path) -> None:
             assert agreement.rel_err < 3e-5, (flavour, row)
 
 
+@EACH
 @pytest.mark.parametrize("rope", [False, True])
-def test_texts_of_different_lengths_share_a_step(tmp_path: Path, rope: bool) -> None:
+def test_texts_of_different_lengths_share_a_step(tmp_path: Path, rope: bool, hybrid: dict[str, Any]) -> None:
     """Every row of a batch has positions and filled slots of its own."""
-    config = LawcatConfig(feature_dim=8, window=6, rope=rope, **HYBRID)
+    config = LawcatConfig(feature_dim=8, window=6, rope=rope, **hybrid)
     teacher, model, adapter = make_student(tmp_path / "t", config=config)
     make_bundle(teacher, model, adapter, tmp_path / "b", verify=False)
     engine = Engine(Bundle.open(tmp_path / "b"))

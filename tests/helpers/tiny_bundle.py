@@ -20,6 +20,7 @@ from lawcat_edge.runtime.bundle.manifest import (
     expected_state,
     write_manifest,
 )
+from lawcat_edge.runtime.bundle.span import Span
 
 V, D, H, G, HEAD, F_HALF, K, LAYERS = 260, 32, 2, 1, 16, 8, 4, 2
 F = 2 * F_HALF
@@ -94,12 +95,12 @@ def _softmax_attention(g: _Graph, p: str, i: int, normed: str, buffer: str, span
     )
 
 
-def _layer(g: _Graph, i: int, x: str, window: int, rope: bool, span: int) -> str:
+def _layer(g: _Graph, i: int, x: str, window: int, rope: bool, span: Span | None) -> str:
     p = f"l{i}"
     normed = _norm(g, x, f"{p}/norm")
     width = H * HEAD
     if span:
-        y = _softmax_attention(g, p, i, normed, "full", span)
+        y = _softmax_attention(g, p, i, normed, "full", -1 if span.sinks else span.tokens)
         return g.op("Add", [x, g.op("MatMul", [y, g.weight(f"{p}.o", width, D)], f"{p}/o")], f"{p}/x")
     qk = g.op("MatMul", [normed, g.weight(f"{p}.qk", D, 2 * width)], f"{p}/qk")
     v = g.op("MatMul", [normed, g.weight(f"{p}.v", D, width)], f"{p}/v")
@@ -163,7 +164,7 @@ def _model(kind: str, seed: int, geometry: dict, lawcat: dict) -> tuple[Any, dic
     x = g.op("Gather", [g.weight("embed", V, D, scale=1.0), "input_ids"], "x0")
     for i in range(LAYERS):
         full = bool(lawcat["layer_types"]) and lawcat["layer_types"][i] == "full_attention"
-        x = _layer(g, i, x, lawcat["window"], rope, spans["full"] if full else 0)
+        x = _layer(g, i, x, lawcat["window"], rope, spans["full"] if full else None)
     if kind == "last":
         x = g.op("Slice", [x, g.const([-1]), g.const([1 << 30]), g.const([1])], "last")
     g.op("MatMul", [_norm(g, x, "final"), g.weight("head", D, V, scale=0.6)], "logits")
@@ -198,10 +199,11 @@ def build_tiny_bundle(
     tokenizer: Tokenizer | None = None,
     eos: Sequence[int] = (IM_END,),
     span: int = 0,
+    sinks: int = 0,
 ) -> Path:
     """Write the bundle to `folder` (with parity vectors from its own run) and return the folder.
 
-    span: the last layer has full attention over so many tokens.
+    span: the last layer has full attention over so many tokens; sinks: first ones of these.
     """
     geometry = {
         "family": "llama", "hidden_size": D, "num_layers": LAYERS, "num_heads": H, "num_kv_heads": G,
@@ -210,7 +212,7 @@ def build_tiny_bundle(
     kinds = ["linear_attention"] * (LAYERS - 1) + ["full_attention"] if span else []
     lawcat = {
         "conv_kernel": K, "feature_dim": F_HALF, "window": window, "rope": rope, "layer_types": kinds,
-        "attention_span": span,
+        "attention_span": span, "attention_sinks": sinks,
     }  # fmt: skip
     folder.mkdir(parents=True)
     offsets: dict[str, int] = {}

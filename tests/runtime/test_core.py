@@ -20,6 +20,7 @@ VARIANTS: dict[str, Any] = {
     "plain": {},
     "both": {"window": 2, "rope": True},
     "hybrid": {"window": 3, "span": 9},
+    "sinks": {"window": 3, "span": 24, "sinks": 2},
 }
 
 

@@ -33,6 +33,7 @@ VARIANTS = {
     "rope": {"rope": True},
     "both": {"window": 2, "rope": True},
     "hybrid": {"window": 3, "span": 9},
+    "sinks": {"window": 3, "span": 24, "sinks": 2},
 }
 TEXT = "It was a bright cold day in April."
 

@@ -14,6 +14,7 @@ from tiny_bundle import build_tiny_bundle, rewrite_manifest
 
 from lawcat_edge.runtime.bundle.graph_check import check_model
 from lawcat_edge.runtime.bundle.manifest import Bundle, describe_files, expected_state, state_sizes
+from lawcat_edge.runtime.bundle.span import Span
 from lawcat_edge.runtime.bundle.verify import verify
 from lawcat_edge.runtime.engine.session import Engine
 from lawcat_edge.runtime.errors import CheckFailed, LawcatError
@@ -108,6 +109,12 @@ KINDS = ["linear_attention", "full_attention"]
         (_set("lawcat", "attention_span", value=1 << 40), "attention_span must be a whole number from 1 to"),
         (_set("lawcat", "attention_span", value=0), "attention_span must be a whole number from 1 to"),
         (_set("lawcat", "attention_span", value=True), "attention_span must be a whole number from 1 to"),
+        (_set("lawcat", "attention_sinks", value=7), "attention_sinks does not fit the span"),
+        (
+            _set("lawcat", "attention_sinks", value=1 << 40),
+            "attention_sinks must be a whole number from 0 to 64",
+        ),
+        (_set("lawcat", "attention_sinks", value=-1), "attention_sinks must be a whole number from 0 to 64"),
         (_set("lawcat", "layer_types", value=[]), "attention_span must be a whole number from 0 to 0"),
         (_set("lawcat", "layer_types", value=KINDS[:1]), "must name the 2 layers or none"),
         (_set("lawcat", "layer_types", value=[*KINDS, KINDS[0]]), "must name the 2 layers or none"),
@@ -154,14 +161,21 @@ def test_a_span_that_would_take_too_much_is_refused(tmp_path: Path) -> None:
 
 def test_a_bundle_of_an_older_format_says_to_export_again(bundle: Path) -> None:
     rewrite_manifest(bundle, _set("format", value=2))
-    with pytest.raises(LawcatError, match=r"format '2' and this runner reads 3.*export the bundle again"):
+    with pytest.raises(
+        LawcatError, match=r"format '2' and this runner reads 3 to 4.*export the bundle again"
+    ):
         Bundle.open(bundle)
+
+
+def test_a_bundle_of_format_3_has_no_sinks_and_runs(bundle: Path) -> None:
+    rewrite_manifest(bundle, _set("format", value=3))
+    assert Bundle.open(bundle).manifest.format == 3
 
 
 def test_state_sizes_of_a_hybrid(tmp_path: Path) -> None:
     manifest = Bundle.open(build_tiny_bundle(tmp_path / "b", window=3, span=10_000)).manifest
     row, constant = 2 * 4 * 16, 4 * (64 * 3 + 2 * 16 * 17)  # a key and a value of a layer; the linear layer
-    assert manifest.spans == {"window": 3, "full": 10_000}
+    assert manifest.spans == {"window": Span(3), "full": Span(10_000)}
     assert state_sizes(manifest.state, manifest.spans) == {
         "empty": constant,
         "8192": constant + row * (2 + 8192),

@@ -15,13 +15,14 @@ from hypothesis.extra import numpy as hnp
 from tiny_bundle import tiny_tokenizer
 
 from lawcat_edge.runtime.bundle.manifest import StateTensor, state_bytes
+from lawcat_edge.runtime.bundle.span import Span
 from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.runtime.generate.sampling import Sampler, SamplingOptions
 from lawcat_edge.runtime.generate.snapshot import Snapshot
 from lawcat_edge.runtime.generate.text import Detokenizer, StopStrings, Tokenizer
 
 STATE = (StateTensor("a", "b", (2, 3)), StateTensor("c", "d", (1, "tokens", 4), "window"))
-SPANS = {"window": 3}
+SPANS = {"window": Span(3)}
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(1 << 60), 1 << 60) | st.text(max_size=20),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
@@ -76,7 +77,7 @@ def bundle(sha256: str = "0" * 64) -> Any:
     manifest = SimpleNamespace(
         state=STATE,
         state_bytes=lambda tokens=None: state_bytes(STATE, SPANS, tokens),
-        kept=lambda buffer, tokens: min(tokens, SPANS[buffer] - 1),
+        kept=lambda buffer, tokens: SPANS[buffer].kept(tokens),
         vocab_size=100,
     )
     return SimpleNamespace(manifest=manifest, sha256=sha256, folder="bundle")

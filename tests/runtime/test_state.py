@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lawcat_edge.runtime.bundle.manifest import StateTensor
-from lawcat_edge.runtime.engine.state import BLOCK, State, slack
+from lawcat_edge.runtime.bundle.span import Span
+from lawcat_edge.runtime.engine.state import BLOCK, State
 
 TENSORS = (
     StateTensor("past.conv", "present.conv", (2, 3)),
@@ -19,7 +20,8 @@ TENSORS = (
 
 def read(state: State, numbers: np.ndarray) -> None:
     """As a graph does: the rows of tokens [B,T] go behind those in use; their number is what they hold."""
-    T = numbers.shape[1]
+    T = min(numbers.shape[1], state.room)
+    numbers, later = numbers[:, :T], numbers[:, T:]
     state.make_room(T)
     for i, tensor in enumerate(state.tensors):
         target = state.targets[i]
@@ -32,6 +34,18 @@ def read(state: State, numbers: np.ndarray) -> None:
             at = int(state.buffers[tensor.buffer].fill[row])
             target[row, :, at : at + T] = numbers[row, None, :, None]
     state.advance(T)
+    if later.size:
+        read(state, later)
+
+
+def remembered(text: list[int], span: Span) -> list[int]:
+    """Token by token, what the docstring of Span says."""
+    rows: list[int] = []
+    for token in text:
+        rows.append(token)
+        if span.sinks and len(rows) == span.tokens:
+            del rows[span.sinks : span.sinks + span.tokens // 4]
+    return rows if span.sinks else rows[max(0, len(rows) - span.tokens + 1) :] if span.tokens > 1 else []
 
 
 def check(state: State, texts: list[list[int]]) -> None:
@@ -40,13 +54,18 @@ def check(state: State, texts: list[list[int]]) -> None:
         conv, *buffers = state.tensors_of(row)
         assert (conv == text[-1]).all()
         for (name, span), values in zip(state.spans.items(), buffers, strict=True):
-            kept = text[max(0, len(text) - span + 1) :] if span > 1 else []
+            kept = remembered(text, span)
             assert values.shape[1] == len(kept), name
             assert (values == np.array(kept, np.float32)[None, :, None]).all(), name
         assert state.positions[row] == len(text)
 
 
-SPANS = st.tuples(st.integers(1, 80), st.integers(1, 700)).map(lambda s: {"window": s[0], "full": s[1]})
+FULL = st.one_of(
+    st.integers(1, 700).map(Span),
+    st.tuples(st.integers(8, 700), st.integers(1, 5)).map(lambda s: Span(*s)),
+)
+SPANS = st.tuples(st.integers(1, 80), FULL).map(lambda s: {"window": Span(s[0]), "full": s[1]})
+EACH = pytest.mark.parametrize("full", [Span(50), Span(50, 3)], ids=["sliding", "sinks"])
 
 
 @given(
@@ -56,7 +75,7 @@ SPANS = st.tuples(st.integers(1, 80), st.integers(1, 700)).map(lambda s: {"windo
 )
 @settings(deadline=None, max_examples=60)
 def test_a_buffer_holds_the_last_rows_and_no_more_than_it_needs(
-    spans: dict[str, int], pieces: list[int], in_place: bool
+    spans: dict[str, Span], pieces: list[int], in_place: bool
 ) -> None:
     state, text, number = State(TENSORS, [in_place] * 3, 1, spans), [], 1
     for piece in pieces:
@@ -67,22 +86,29 @@ def test_a_buffer_holds_the_last_rows_and_no_more_than_it_needs(
         check(state, [text])
     longest = max(pieces)
     for name, buffer in state.buffers.items():
-        assert buffer.slots <= buffer.span - 1 + max(longest, slack(buffer.span)) + BLOCK, name
+        assert buffer.slots <= buffer.span.slots(longest) + BLOCK, name
+        if buffer.span.sinks:
+            assert buffer.slots <= buffer.span.tokens
 
 
 def test_keys_grow_with_the_text_up_to_the_span() -> None:
-    state, sizes = State(TENSORS, [True] * 3, 1, {"window": 4, "full": 4096}), []
+    state, sizes = State(TENSORS, [True] * 3, 1, {"window": Span(4), "full": Span(4096)}), []
     for start in range(0, 20_000, 100):
         read(state, np.arange(start, start + 100, dtype=np.float32)[None])
         sizes.append(state.buffers["full"].slots)
     assert sizes[0] == BLOCK
     assert sizes == sorted(sizes)
-    assert max(sizes) == 4095 + slack(4096)
+    assert max(sizes) == 4095 + 4096 // 16
     assert all(slots < 100 * (i + 1) + BLOCK for i, slots in enumerate(sizes))
 
 
-def test_rows_of_a_batch_have_lengths_of_their_own() -> None:
-    spans, texts, states = {"window": 6, "full": 40}, [[1], [*range(100, 190)], [*range(300, 317)]], []
+@EACH
+def test_rows_of_a_batch_have_lengths_of_their_own(full: Span) -> None:
+    spans, texts, states = (
+        {"window": Span(6), "full": full},
+        [[1], [*range(100, 190)], [*range(300, 317)]],
+        [],
+    )
     for text in texts:
         states.append(State(TENSORS, [True, True, False], 1, spans))
         read(states[-1], np.array([text], np.float32))
@@ -100,14 +126,15 @@ def test_rows_of_a_batch_have_lengths_of_their_own() -> None:
 
 
 def test_a_copy_holds_no_free_slots() -> None:
-    state = State(TENSORS, [True] * 3, 1, {"window": 100, "full": 10_000})
+    state = State(TENSORS, [True] * 3, 1, {"window": Span(100), "full": Span(10_000)})
     read(state, np.arange(300, dtype=np.float32)[None])
     assert state.copy().nbytes < state.nbytes
     assert state.copy().nbytes == 4 * (2 * 3 + 2 * 99 * 4 + 300 * 2)
 
 
-def test_what_was_kept_is_loaded_again() -> None:
-    spans = {"window": 7, "full": 50}
+@EACH
+def test_what_was_kept_is_loaded_again(full: Span) -> None:
+    spans = {"window": Span(7), "full": full}
     state, text = State(TENSORS, [True] * 3, 1, spans), [*range(1, 91)]
     read(state, np.array([text], np.float32))
     other = State(TENSORS, [False] * 3, 1, spans)
@@ -119,7 +146,7 @@ def test_what_was_kept_is_loaded_again() -> None:
 
 
 def test_a_cleared_state_is_a_new_one() -> None:
-    state = State(TENSORS, [True] * 3, 1, {"window": 7, "full": 50})
+    state = State(TENSORS, [True] * 3, 1, {"window": Span(7), "full": Span(50)})
     read(state, np.array([[1, 2, 3]], np.float32))
     state.clear()
     assert (state.arrays[0] == 0).all()
@@ -127,8 +154,9 @@ def test_a_cleared_state_is_a_new_one() -> None:
     check(state, [[4, 5]])
 
 
-def test_buffers_of_a_fixed_graph_never_grow() -> None:
-    state = State(TENSORS, [False] * 3, 1, {"window": 7, "full": 50}, {"window": 10, "full": 60})
+@EACH
+def test_buffers_of_a_fixed_graph_never_grow(full: Span) -> None:
+    state = State(TENSORS, [False] * 3, 1, {"window": Span(7), "full": full}, {"window": 10, "full": 60})
     text: list[int] = []
     for number in range(200):
         read(state, np.array([[number]], np.float32))
@@ -137,3 +165,35 @@ def test_buffers_of_a_fixed_graph_never_grow() -> None:
         assert [array.shape[2] for array in state.arrays[1:]] == [10, 60]
     with pytest.raises(AssertionError, match="fixed shapes"):
         state.make_room(11)
+
+
+def test_sinks_are_rotated_to_where_the_tokens_before_the_others_were() -> None:
+    """Every key lies as if the rows that are left had consecutive positions up to the newest."""
+    span, G, d = Span(16, 3), 2, 8
+    frequencies = 10.0 ** -np.arange(4)
+    tensors = (StateTensor("past.0.key", "present.0.key", (G, "tokens", d), "full"),)
+    state = State(tensors, [True], 1, {"full": span}, frequencies=frequencies)
+    raw = np.random.default_rng(0).standard_normal((200, G, d))
+
+    def rotated(keys: np.ndarray, position: int) -> np.ndarray:
+        turned = (keys[:, :4] + 1j * keys[:, 4:]) * np.exp(1j * position * frequencies)
+        return np.concatenate([turned.real, turned.imag], -1)
+
+    for number in range(200):
+        state.make_room(1)
+        state.arrays[0][0, :, state.buffers["full"].fill[0]] = rotated(raw[number], number)
+        state.advance(1)
+        rows = remembered(list(range(number + 1)), span)
+        for slot, token in enumerate(rows):
+            want = rotated(raw[token], number - len(rows) + 1 + slot)
+            assert np.abs(state.arrays[0][0, :, slot] - want).max() < 1e-5, (number, slot)
+
+
+def test_a_span_remembers_by_its_rule() -> None:
+    for span in (Span(1), Span(9), Span(8, 1), Span(9, 2), Span(100, 4)):
+        for length in range(3 * span.tokens + 5):
+            rows = len(remembered(list(range(length)), span))
+            assert span.kept(length) == rows <= span.most
+            assert span.room(rows) >= 1
+    assert not Span(4, 3).possible
+    assert Span(4, 2).possible

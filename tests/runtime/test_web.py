@@ -45,6 +45,7 @@ PLACES: dict[str, Any] = {
     "window": {"window": 2},
     "rope": {"rope": True},
     "hybrid": {"window": 3, "span": 30},
+    "sinks": {"window": 3, "span": 24, "sinks": 3},
 }
 LOAD = "await lawcat.load({{url: location.href + '{}/'}});"
 TO_BASE64 = (

@@ -25,6 +25,7 @@ from lawcat_edge.families import Geometry
 from lawcat_edge.runtime import files
 from lawcat_edge.runtime.bundle.graph_check import check_model
 from lawcat_edge.runtime.bundle.manifest import Manifest, StateTensor, state_bytes
+from lawcat_edge.runtime.bundle.span import Span
 from lawcat_edge.runtime.engine.rotary import inverse_frequencies
 from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.runtime.generate.snapshot import MAGIC, Snapshot
@@ -35,7 +36,7 @@ from lawcat_edge.weights import SafetensorsWeights
 
 MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why is the sea salt?"}]
 STATE = (StateTensor("a", "b", (2, 3)), StateTensor("c", "d", (1, "tokens", 4), "window"))
-SPANS = {"window": 3}
+SPANS = {"window": Span(3)}
 ADAPTER = {
     "format": 1,
     "lawcat": {"conv_kernel": 2, "feature_dim": 2, "gate_rank": 1},
@@ -73,7 +74,7 @@ def snapshot(data: bytes) -> None:
     spec = SimpleNamespace(
         state=STATE,
         state_bytes=lambda tokens=None: state_bytes(STATE, SPANS, tokens),
-        kept=lambda buffer, tokens: min(tokens, SPANS[buffer] - 1),
+        kept=lambda buffer, tokens: SPANS[buffer].kept(tokens),
         vocab_size=100,
     )
     bundle: Any = SimpleNamespace(manifest=spec, sha256="0" * 64, folder="bundle")

@@ -128,7 +128,7 @@ export async function sha256(bytes) {
 
 function checkManifest(manifest) {
   const bad = (what) => new UserError(`${MANIFEST}: ${what}; export or copy the bundle again.`);
-  if (manifest?.format !== 3) {
+  if (manifest?.format !== 3 && manifest?.format !== 4) {
     throw new UserError(`The bundle's format ${manifest?.format} is unknown here; update this page.`);
   }
   const { files, graphs, state, geometry, lawcat, tokens } = manifest;
@@ -147,13 +147,17 @@ function checkManifest(manifest) {
   if (!Array.isArray(state) || !state.length || state.length > 8192) throw bad("state must be a list");
   if (!Number.isSafeInteger(lawcat.window ?? 0)) throw bad("lawcat.window must be a number");
   const spans = spansOf(manifest);
+  for (const { tokens: span, sinks, step } of spans.values()) {
+    const fits = Number.isSafeInteger(sinks) && sinks >= 0 && (!sinks || sinks + step < span);
+    if (!fits) throw bad("lawcat.attention_sinks does not fit the span");
+  }
   let total = 0;
   for (const { input, output, shape, dtype, buffer } of state) {
     const sizes = Array.isArray(shape) && shape[0] === "B" ? shape.slice(1) : [];
     if (typeof input !== "string" || typeof output !== "string" || dtype !== "float32" || !sizes.length) {
       throw bad("state has a wrong entry");
     }
-    const rows = spans.get(buffer);
+    const rows = spans.get(buffer)?.tokens;
     if (buffer !== undefined && !(Number.isSafeInteger(rows) && rows > 0)) throw bad("state has a wrong buffer");
     const most = sizes.map((size, i) => (buffer !== undefined && i === 1 && size === "tokens" ? rows : size));
     if (!most.every((size) => Number.isSafeInteger(size) && size > 0)) throw bad("state has a wrong shape");

@@ -1,7 +1,7 @@
 // onnxruntime-web behind a bundle: tokens and state in, logits and state out; as runtime/engine/session.py.
 import { UserError } from "./bundle.js";
-import { cosSin, inverseFrequencies } from "./rotary.js";
-import { spansOf, State } from "./state.js";
+import { cosSin } from "./rotary.js";
+import { State } from "./state.js";
 
 export class Engine {
   /** Load the bundle's graph. `ort`: the onnxruntime-web module; `progress(bytes)` as files arrive. */
@@ -11,8 +11,6 @@ export class Engine {
     engine.ort = ort;
     engine.manifest = manifest;
     engine.vocabSize = manifest.geometry.vocab_size;
-    const rotary = manifest.lawcat.rope || spansOf(manifest).size > 0;
-    engine.frequencies = rotary ? inverseFrequencies(manifest.geometry) : null;
     // The portable graph takes memory for every pair of tokens of a chunk.
     engine.chunk = bundle.flavour === "portable" ? 32 : 128;
     const graph = await bundle.read(bundle.graph, progress);
@@ -45,8 +43,19 @@ export class Engine {
 
   /** Feed tokens (at least one), updating `state`; logits Float32Array [V] of the last one. */
   async forward(tokens, state) {
+    if (!tokens.length) throw new UserError("There is nothing to read: the prompt has no tokens.");
+    let logits;
+    for (let at = 0; at < tokens.length; ) {
+      const count = Math.min(tokens.length - at, state.room);
+      logits = await this.read(tokens.slice(at, at + count), state);
+      at += count;
+    }
+    return logits;
+  }
+
+  /** The same for as many tokens as the state has room for at once. */
+  async read(tokens, state) {
     const T = tokens.length;
-    if (!T) throw new UserError("There is nothing to read: the prompt has no tokens.");
     const ids = BigInt64Array.from(tokens, (token) => {
       if (!(token >= 0 && token < this.vocabSize)) {
         throw new UserError(`A token is outside the vocabulary of ${this.vocabSize}; export the bundle again.`);
@@ -59,12 +68,12 @@ export class Engine {
     for (const [name, buffer] of state.buffers) {
       feeds[`${name}_seqlens_k`] = new Tensor("int32", Int32Array.of(buffer.fill + T - 1), [1]);
     }
-    if (this.frequencies) {
+    if (state.frequencies) {
       // The tables have the rows of these tokens and then as many more as onnxruntime asks for.
       const rows = Math.max(T, ...[...state.buffers.values()].map(({ slots }) => slots));
-      const [cos, sin] = cosSin(this.frequencies, state.position, T, rows);
-      feeds.cos_cache = new Tensor("float32", cos, [rows, this.frequencies.length]);
-      feeds.sin_cache = new Tensor("float32", sin, [rows, this.frequencies.length]);
+      const [cos, sin] = cosSin(state.frequencies, state.position, T, rows);
+      feeds.cos_cache = new Tensor("float32", cos, [rows, state.frequencies.length]);
+      feeds.sin_cache = new Tensor("float32", sin, [rows, state.frequencies.length]);
       feeds.position_ids = new Tensor("int64", BigInt64Array.from({ length: T }, (_, t) => BigInt(t)), [1, T]);
     }
     let results;

@@ -1,15 +1,45 @@
 // What is remembered of a text: tensors of constant size, and buffers of keys and values; as runtime/engine/state.py.
+import { inverseFrequencies } from "./rotary.js";
+
 const BLOCK = 256; // rows by which a buffer grows
 const AT_ONCE = 512; // a buffer that never needs more has all its slots from the first token on
 const LEAST_SLACK = 32;
 
-/** Tokens that layers with buffers of each kind see, the newest included: a Map from its name. */
+/** How far back softmax attention sees, and what it is remembered by: the rules of runtime/bundle/span.py. */
+export class Span {
+  constructor(tokens, sinks = 0) {
+    this.tokens = tokens;
+    this.sinks = sinks;
+    this.step = Math.max(1, Math.floor(tokens / 4)); // rows that are forgotten at once, with sinks
+    this.most = tokens - 1;
+  }
+
+  /** Rows that a text of so many tokens goes on from. */
+  kept(count) {
+    if (!this.sinks || count < this.tokens) return Math.min(count, this.most);
+    return this.tokens - this.step + ((count - this.tokens) % this.step);
+  }
+
+  /** Tokens that can be read at once when there are so many rows. */
+  room(rows) {
+    return this.sinks ? this.tokens - rows : Infinity;
+  }
+
+  /** Slots that a buffer needs at most when so many tokens are read at once. */
+  slots(count) {
+    if (this.sinks) return this.tokens;
+    return this.most + Math.max(count, LEAST_SLACK, Math.floor(this.tokens / 16));
+  }
+}
+
+/** What layers with buffers of each kind see: a Map from its name. */
 export function spansOf({ geometry, lawcat }) {
   const spans = new Map();
   const kinds = lawcat.layer_types?.length ? lawcat.layer_types : ["linear_attention"];
-  if (lawcat.window && kinds.includes("linear_attention")) spans.set("window", lawcat.window);
+  if (lawcat.window && kinds.includes("linear_attention")) spans.set("window", new Span(lawcat.window));
   if (kinds.includes("full_attention")) {
-    spans.set("full", Math.min(lawcat.attention_span, geometry.sliding_window ?? lawcat.attention_span));
+    const tokens = Math.min(lawcat.attention_span, geometry.sliding_window ?? lawcat.attention_span);
+    spans.set("full", new Span(tokens, lawcat.attention_sinks ?? 0));
   }
   return spans;
 }
@@ -17,7 +47,7 @@ export function spansOf({ geometry, lawcat }) {
 /** Bytes of the state of one text at most, as a snapshot holds it. */
 export function mostBytes(manifest) {
   const spans = spansOf(manifest);
-  const rows = ({ buffer }) => (buffer ? spans.get(buffer) - 1 : 0);
+  const rows = ({ buffer }) => (buffer ? spans.get(buffer).most : 0);
   const bytes = (entry) => count(entry.shape.slice(1).map((size) => (size === "tokens" ? rows(entry) : size)));
   return manifest.state.reduce((sum, entry) => sum + 4 * bytes(entry), 0);
 }
@@ -29,7 +59,10 @@ export class State {
     this.entries = manifest.state;
     this.position = 0;
     this.buffers = new Map();
-    for (const [name, span] of spansOf(manifest)) this.buffers.set(name, { span, fill: 0, slots: 0 });
+    const spans = spansOf(manifest);
+    const rotary = manifest.lawcat.rope || spans.size > 0;
+    this.frequencies = rotary ? inverseFrequencies(manifest.geometry) : null; // radians a token
+    for (const [name, span] of spans) this.buffers.set(name, { span, fill: 0, slots: 0 });
     this.tensors = new Map();
     for (const entry of this.entries) this.tensors.set(entry.input, this.zeros(this.dims(entry, 0)));
   }
@@ -43,10 +76,15 @@ export class State {
     return new this.ort.Tensor("float32", new Float32Array(count(dims)), dims);
   }
 
-  /** Slots for so many more tokens in every buffer. */
+  /** Tokens that can be read at once: at least one. */
+  get room() {
+    return Math.min(...[...this.buffers.values()].map(({ span, fill }) => span.room(fill)));
+  }
+
+  /** Slots for so many more tokens in every buffer, at most `room` of them. */
   makeRoom(tokens) {
     for (const [name, buffer] of this.buffers) {
-      const most = buffer.span - 1 + Math.max(tokens, LEAST_SLACK, Math.floor(buffer.span / 16));
+      const most = buffer.span.slots(tokens);
       if (buffer.fill + tokens > most) this.forget(name);
       const after = buffer.fill + tokens;
       if (after <= buffer.slots) continue;
@@ -58,7 +96,7 @@ export class State {
   /** Move the rows that a later token will see to the front. */
   forget(name) {
     const buffer = this.buffers.get(name);
-    const kept = Math.min(buffer.fill, buffer.span - 1);
+    const kept = Math.min(buffer.fill, buffer.span.most);
     this.each(name, (data, width, heads) => {
       for (let h = 0; h < heads; h++) {
         const start = h * buffer.slots * width;
@@ -66,6 +104,34 @@ export class State {
       }
     });
     buffer.fill = kept;
+  }
+
+  /** Forget the oldest rows behind the sinks, and move both up. */
+  forgetBetween(name) {
+    const buffer = this.buffers.get(name);
+    const { tokens, sinks, step } = buffer.span;
+    this.each(name, (data, width, heads, key) => {
+      for (let h = 0; h < heads; h++) {
+        const start = h * buffer.slots * width;
+        if (key) this.rotateOn(data, start, sinks, width, step);
+        data.copyWithin(start + sinks * width, start + (sinks + step) * width, start + tokens * width);
+      }
+    });
+    buffer.fill -= step;
+  }
+
+  /** Keys of `rows` rows as if they stood `positions` later, in place. */
+  rotateOn(data, start, rows, width, positions) {
+    const half = width / 2;
+    for (let row = 0; row < rows; row++) {
+      for (let i = 0; i < half; i++) {
+        const at = start + row * width + i;
+        const [a, b] = [data[at], data[at + half]];
+        const [cos, sin] = [Math.cos(positions * this.frequencies[i]), Math.sin(positions * this.frequencies[i])];
+        data[at] = a * cos - b * sin;
+        data[at + half] = b * cos + a * sin;
+      }
+    }
   }
 
   resize(name, slots) {
@@ -84,7 +150,7 @@ export class State {
     for (const entry of this.entries) {
       if (entry.buffer !== name) continue;
       const { data, dims } = this.tensors.get(entry.input);
-      change(data, dims[3], dims[1]);
+      change(data, dims[3], dims[1], entry.input.endsWith(".key"));
     }
   }
 
@@ -92,7 +158,10 @@ export class State {
   take(results, tokens) {
     for (const { input, output } of this.entries) this.tensors.set(input, results[output]);
     this.position += tokens;
-    for (const buffer of this.buffers.values()) buffer.fill += tokens;
+    for (const [name, buffer] of this.buffers) {
+      buffer.fill += tokens;
+      if (buffer.span.sinks && buffer.fill === buffer.span.tokens) this.forgetBetween(name);
+    }
   }
 
   /** What the text goes on from: {shape, data} of every tensor, in the manifest's order. */
@@ -101,7 +170,7 @@ export class State {
       const { data, dims } = this.tensors.get(entry.input);
       if (!entry.buffer) return { shape: dims.slice(1), data };
       const { fill, span, slots } = this.buffers.get(entry.buffer);
-      const rows = Math.min(fill, span - 1);
+      const rows = Math.min(fill, span.most);
       const out = new Float32Array(dims[1] * rows * dims[3]);
       copyRows(data, slots, fill - rows, out, rows, rows, dims);
       return { shape: [dims[1], rows, dims[3]], data: out };
@@ -111,7 +180,7 @@ export class State {
   /** The shapes of `kept()` after so many tokens. */
   keptShapes(position) {
     return this.entries.map((entry) => {
-      const rows = entry.buffer ? Math.min(position, this.buffers.get(entry.buffer).span - 1) : 0;
+      const rows = entry.buffer ? this.buffers.get(entry.buffer).span.kept(position) : 0;
       return this.dims(entry, rows).slice(1);
     });
   }
@@ -124,7 +193,7 @@ export class State {
       this.tensors.set(entry.input, new this.ort.Tensor("float32", arrays[i], dims));
       if (entry.buffer) this.buffers.get(entry.buffer).slots = dims[2];
     });
-    for (const buffer of this.buffers.values()) buffer.fill = Math.min(position, buffer.span - 1);
+    for (const buffer of this.buffers.values()) buffer.fill = buffer.span.kept(position);
     this.position = position;
   }
 
