@@ -29,6 +29,7 @@ from lawcat_edge.export.verify import Agreement, Reference, verify_folder
 from lawcat_edge.export.writer import DATA, JOURNAL, DataWriter
 from lawcat_edge.families import Geometry
 from lawcat_edge.parameters import initial_tensors, parameter_shapes
+from lawcat_edge.runtime.bundle.flavours import FLAVOURS, check_flavours, ranked
 from lawcat_edge.runtime.bundle.manifest import (
     MANIFEST,
     Manifest,
@@ -37,15 +38,13 @@ from lawcat_edge.runtime.bundle.manifest import (
     write_manifest,
 )
 from lawcat_edge.runtime.bundle.signature import SIGNATURE, sign
+from lawcat_edge.runtime.engine.session import PORTABLE_CHUNK
 from lawcat_edge.runtime.engine.state import slack
 from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.runtime.files import FileLock, atomic_folder, write_json
 from lawcat_edge.weights import MergedWeights, WeightSource, check_shapes
 
-FLAVOURS = ("ort", "onnx", "portable")
-CHUNK = 32  # tokens of the portable graph of fixed length
 VERIFY_TOKENS = 128
-MIN_ONNXRUNTIME = {"ort": "1.25.1", "onnx": "1.32.0", "portable": "1.17.0"}
 Progress = Callable[[str, int, int], None]
 
 
@@ -91,9 +90,7 @@ def export_bundle(
     """
     begun = time.perf_counter()
     scheme = load_scheme(scheme) if isinstance(scheme, str) else scheme
-    for op in ops:
-        if op not in FLAVOURS:
-            raise LawcatError(f"Unknown operators {op!r}; choose from {', '.join(FLAVOURS)}.")
+    check_flavours(ops)
     if ort_format:
         mobile.ort_flavour(ops)  # before the slow steps
     if "ort" in ops and geometry.head_dim % 16 and expected_spans(geometry.to_dict(), config.to_dict()):
@@ -129,7 +126,7 @@ def export_bundle(
             flavour = mobile.ort_flavour(ops)
             mobile.write_ort(staging, graphs[flavour]["last"])
             graphs[flavour]["ort_format"] = mobile.GRAPH
-        best = genai_flavour(ops)
+        best = ranked(ops)[0]  # which onnxruntime-genai gets
         if genai.needs_own_graph(config):
             graphs[best]["genai"] = genai.GRAPH
         file = graphs[best].get("genai", graphs[best]["last"])
@@ -146,7 +143,7 @@ def export_bundle(
             graphs=graphs,
             state=expected_state(geometry.to_dict(), config.to_dict()),
             tokens=tokens,
-            min_onnxruntime={op: MIN_ONNXRUNTIME[op] for op in ops},
+            min_onnxruntime={op: FLAVOURS[op].min_onnxruntime for op in ops},
         )
         write_manifest(staging, manifest)
         measured: dict[str, Agreement | None] = {}
@@ -220,13 +217,13 @@ def _write_graphs(
     kinds = {layout.config.full_attention(i) for i in range(layout.geometry.num_layers)}
     layers = {full: trace_layer(layout.geometry, layout.config, full) for full in kinds}
     counts = {}
-    own_graph = genai.needs_own_graph(layout.config)
+    own_graph, best = genai.needs_own_graph(layout.config), ranked(ops)[0]
     for kind in ("last", "all"):
         model = stitch(layout, tensors, layers, all_positions=kind == "all")
         for flavour in ops:
             if flavour != "ort":
                 variant = rewrite(model, flavour, tensors)
-            elif kind == "last" and (own_graph or genai_flavour(ops) != "ort"):
+            elif kind == "last" and (own_graph or best != "ort"):
                 # Not where onnxruntime-genai reads this graph: it takes logits of a free number for all.
                 variant = stitch(layout, tensors, layers, all_positions=False, choosable=True)
             else:
@@ -235,11 +232,10 @@ def _write_graphs(
             nodes = sum((node.name or "").startswith("layers.") for node in variant.graph)
             counts[flavour] = round(nodes / layout.geometry.num_layers, 2)
         if kind == "last" and "portable" in ops:
-            for name, tokens in (("step", 1), ("chunk", CHUNK)):
+            for name, tokens in (("step", 1), ("chunk", PORTABLE_CHUNK)):
                 fixed = fixed_sizes(layout.geometry, layout.config, tokens)
                 ir.save(rewrite(model, "portable", tensors, fixed), folder / graph_files("portable")[name])
     if own_graph:
-        best = genai_flavour(ops)
         interface = genai.GenaiInterface(layout, best)
         model = stitch(layout, tensors, layers, all_positions=False, interface=interface)
         ir.save(model if best == "ort" else rewrite(model, best, tensors), folder / genai.GRAPH)
@@ -251,11 +247,6 @@ def fixed_sizes(geometry: Geometry, config: LawcatConfig, tokens: int) -> dict[s
     spans = expected_spans(geometry.to_dict(), config.to_dict())
     slots = {SLOTS[name]: span - 1 + max(tokens, slack(span)) for name, span in spans.items()}
     return {"B": 1, "T": tokens, **slots, "R": max(tokens, *slots.values(), 1)}
-
-
-def genai_flavour(ops: Sequence[str]) -> str:
-    """The flavour that onnxruntime-genai gets."""
-    return next(op for op in ("ort", "portable", "onnx") if op in ops)
 
 
 def graph_files(flavour: str) -> dict[str, str]:

@@ -18,12 +18,12 @@ from typing import Any
 
 from lawcat_edge.runtime import files
 from lawcat_edge.runtime.bundle import hub, signature
+from lawcat_edge.runtime.bundle.flavours import FLAVOURS
 from lawcat_edge.runtime.bundle.graph_check import MAX_MODEL_BYTES, ModelSummary, check_model
 from lawcat_edge.runtime.errors import CheckFailed, LawcatError
 
 MANIFEST = "lawcat_bundle.json"
 FORMAT = 3  # since 3: keys and values in buffers that grow, full-attention layers, query heads in order
-OPS = ("ort", "onnx", "portable")
 # The graphs a flavour may have, all over one weights file. last: logits of the last position; all: of every
 # position. step and chunk: as last, with B = 1 and a fixed T, for runtimes without dynamic shapes. genai: as
 # last, with the inputs that onnxruntime-genai gives; the runner here does not use it. ort_format: as last, in
@@ -181,7 +181,7 @@ class Manifest:
             lawcat=reader.mapping("lawcat"),
             geometry=reader.mapping("geometry"),
             scheme=reader.text("scheme"),
-            ops=reader.items("ops", 1, len(OPS)),
+            ops=reader.items("ops", 1, len(FLAVOURS)),
             graphs=reader.mapping("graphs"),
             state=[_state_tensor(item, i) for i, item in enumerate(reader.items("state", 1, 8192))],
             tokens=reader.mapping("tokens"),
@@ -235,8 +235,8 @@ class Manifest:
             raise _bad("files", "lists two names that are one on some systems")
         if TOKENIZER not in self.files:
             raise _bad("files", f"does not list {TOKENIZER}")
-        if any(op not in OPS for op in self.ops) or len(set(self.ops)) != len(self.ops):
-            raise _bad("ops", f"must be some of {', '.join(OPS)}")
+        if any(op not in FLAVOURS for op in self.ops) or len(set(self.ops)) != len(self.ops):
+            raise _bad("ops", f"must be some of {', '.join(FLAVOURS)}")
         if set(self.graphs) != set(self.ops):
             raise _bad("graphs", "must have one entry for each of ops")
         for op, graph in self.graphs.items():

@@ -20,13 +20,14 @@ from lawcat_edge.adapter import Adapter
 from lawcat_edge.cli import run
 from lawcat_edge.config import LawcatConfig
 from lawcat_edge.export import layout
-from lawcat_edge.export.exporter import MIN_ONNXRUNTIME, export_bundle
+from lawcat_edge.export.exporter import export_bundle
 from lawcat_edge.export.rotation import Rotation
 from lawcat_edge.export.rounding import nearest
 from lawcat_edge.export.schemes import SCHEMES, Product, Scheme, load_scheme
 from lawcat_edge.export.verify import compare, cut, replay
 from lawcat_edge.export.writer import DataWriter
 from lawcat_edge.families import Geometry
+from lawcat_edge.runtime.bundle.flavours import FLAVOURS as KNOWN
 from lawcat_edge.runtime.bundle.manifest import Bundle, write_manifest
 from lawcat_edge.runtime.bundle.verify import verify
 from lawcat_edge.runtime.engine.session import Engine, _version
@@ -43,7 +44,7 @@ def test_flavours_agree(tmp_path: Path, scheme: str, settings: dict[str, Any]) -
     config = LawcatConfig(feature_dim=8, **settings)
     teacher, model, adapter = make_student(tmp_path / "t", config=config, num_key_value_heads=3)
     here = _version(onnxruntime.__version__)
-    flavours = tuple(op for op in FLAVOURS if _version(MIN_ONNXRUNTIME[op]) <= here)
+    flavours = tuple(op for op in FLAVOURS if _version(KNOWN[op].min_onnxruntime) <= here)
     report = make_bundle(teacher, model, adapter, tmp_path / "b", scheme=scheme, ops=flavours)
     limit = 3e-5 if scheme == "fp32" else 0.7
     assert all(report["parity"][flavour]["rel_err"] < limit for flavour in flavours), report["parity"]
@@ -66,7 +67,7 @@ def test_flavours_widen_tensors_stored_in_float16(tmp_path: Path, monkeypatch: p
             parameter.copy_(parameter.half().float())
             adapter.tensors[name] = parameter.numpy().copy()
     here = _version(onnxruntime.__version__)
-    known = tuple(op for op in FLAVOURS if _version(MIN_ONNXRUNTIME[op]) <= here)
+    known = tuple(op for op in FLAVOURS if _version(KNOWN[op].min_onnxruntime) <= here)
     report = make_bundle(teacher, model, adapter, tmp_path / "b", ops=known)
     assert all(agreement["rel_err"] < 3e-5 for agreement in report["parity"].values()), report["parity"]
     graph = onnx.load(tmp_path / "b" / "model_portable.onnx", load_external_data=False).graph
