@@ -133,6 +133,11 @@ class LawcatConfig:
         return {**asdict(self), "layer_types": list(self.layer_types)}
 
     @classmethod
+    def for_geometry(cls, geometry: Geometry, **settings: Any) -> LawcatConfig:
+        """The untrained student of a teacher: features half as wide as a head unless told otherwise."""
+        return cls(**{"feature_dim": geometry.head_dim // 2, **settings})
+
+    @classmethod
     def from_dict(cls, data: dict[str, Any]) -> LawcatConfig:
         if not isinstance(data, dict):
             raise LawcatError("The LAWCAT config must be a JSON object; the file is damaged.")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lawcat_edge.calibration.comparison.compare import Comparison
+from lawcat_edge.calibration.comparison.compare import Comparison, fp32_bytes
 from lawcat_edge.calibration.comparison.rows import key_of
 from lawcat_edge.calibration.mixed import search, sensitivity
 from lawcat_edge.calibration.mixed.simulate import Simulated
@@ -32,10 +32,10 @@ class Automatic:
     def measure(self) -> dict[str, Any]:
         """The sensitivities (see ``sensitivity``), written to OUT as well."""
         run = self.run
-        adapter = run.adapter.sha256 if run.adapter is not None else None
-        key = key_of(run.teacher.sha256, adapter, run.config.to_dict(), ROTATE)
+        student = run.student
+        key = key_of(student.teacher.sha256, student.adapter_sha256, student.config.to_dict(), ROTATE)
         row = run.row("sensitivity", "sensitivity")
-        layers = run.teacher.geometry.num_layers
+        layers = student.geometry.num_layers
         show = run.shown(row)
         found = sensitivity.sensitivity(self._make, layers, self.ids, row, key, show)
         write_json(self.out / "sensitivity.json", {"format": 1, "tokens": int(self.ids.size), **found})
@@ -50,9 +50,9 @@ class Automatic:
 
     def choose(self, max_kl: float | None, max_mb: float | None) -> list[str]:
         """Scheme files: the smallest with KL ≤ max_kl, the best under max_mb (of the whole bundle)."""
-        kinds, g = self.measure()["kinds"], self.run.teacher.geometry
-        fp32 = self.run.fp32_bytes()
-        sizes = search.Sizes.of_bundle(g, self.run.config, SCHEMES["fp32"], fp32)
+        kinds, g = self.measure()["kinds"], self.run.student.geometry
+        fp32 = fp32_bytes(self.run)
+        sizes = search.Sizes.of_bundle(g, self.run.student.config, SCHEMES["fp32"], fp32)
         chosen = []
         if max_kl is not None:
             chosen.append(search.smallest(kinds, sizes, max_kl, ROTATE, self._kl))
@@ -67,12 +67,8 @@ class Automatic:
         return path
 
     def _make(self) -> Simulated:
-        from lawcat_edge.model import load_student
-
         if self._simulated is None:
-            run = self.run
-            model = load_student(run.teacher, run.adapter, run.config, backend="torch")
-            self._simulated = Simulated(model, ROTATE)
+            self._simulated = Simulated(self.run.student.model(backend="torch"), ROTATE)
         return self._simulated
 
     def _kl(self, scheme: Scheme) -> float:

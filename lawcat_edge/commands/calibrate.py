@@ -40,24 +40,20 @@ def calibrate(
 
       lawcat-edge export smollm2 --adapter adapter --scheme int8-static --ranges ranges.json --out bundle
     """
-    from lawcat_edge.adapter import Adapter
     from lawcat_edge.calibration.calibrate import Calibration
     from lawcat_edge.calibration.ranges import Ranges
-    from lawcat_edge.commands.export import progress, student
+    from lawcat_edge.commands.export import progress
+    from lawcat_edge.commands.students import open_student
     from lawcat_edge.export.schemes import load_scheme
-    from lawcat_edge.teacher import resolve
 
     table = load_scheme(scheme)
     if not table.static:
         raise LawcatError(f"The scheme {table.name} needs no ranges; name one with static products.")
     others = [Ranges.load(path) for path in merge or ()]
-    source = resolve(teacher)
-    loaded, config = student(source, Adapter.load(adapter) if adapter is not None else None)
+    student = open_student(teacher, adapter)
     with tempfile.TemporaryDirectory(prefix="lawcat-calibrate-") as folder:
-        run = Calibration(
-            source, loaded, config, Path(folder), text or (), tokens, threads, seed, progress=progress
-        )
-        ranges = run.ranges(table.rotate)
+        run = Calibration(student, Path(folder), text or (), tokens, threads, seed)
+        ranges = run.ranges(table.rotate, progress)
     for other in others:
         ranges.merge(other)
     ranges.save(out)

@@ -71,19 +71,17 @@ def compare(
 
       lawcat-edge compare smollm2 --adapter adapter --text book.txt --out out --max-kl 0.005 --max-mb 150
     """
-    from lawcat_edge.adapter import Adapter
     from lawcat_edge.calibration.comparison.compare import Comparison
+    from lawcat_edge.calibration.comparison.compare import compare as run
     from lawcat_edge.calibration.comparison.report import errors, markdown, print_table
     from lawcat_edge.calibration.comparison.settings import Settings
     from lawcat_edge.commands.eval import parse_lengths
+    from lawcat_edge.commands.students import open_student
     from lawcat_edge.runtime.files import write_json, write_text
-    from lawcat_edge.teacher import resolve
 
     names = [name.strip() for name in schemes.split(",") if name.strip()]
     if not names:
         raise LawcatError("There is no scheme to compare; name some with --schemes fp32,int8,int4.")
-    if adapter is None:
-        print("No --adapter: this compares an untrained conversion, which writes no sense.", file=sys.stderr)
     settings = Settings(
         length=length,
         samples=samples,
@@ -95,15 +93,16 @@ def compare(
         decode_tokens=decode_tokens,
         threads=threads,
     )
-    source = resolve(teacher)
-    loaded = Adapter.load(adapter) if adapter is not None else None
+    student = open_student(teacher, adapter)
     with _progress() as show:
-        run = Comparison(source, loaded, text, out, settings, show, resume, gguf, calibration or ())
+        job = Comparison.of(
+            student, text, out, settings, calibration or (), resume=resume, gguf=gguf, progress=show
+        )
         if sensitivity or max_kl is not None or max_mb is not None:
             from lawcat_edge.calibration.mixed.automatic import Automatic
 
-            names += Automatic(run).choose(max_kl, max_mb)
-        report = run.run(names, peers)
+            names += Automatic(job).choose(max_kl, max_mb)
+        report = run(job, names, peers)
     picture = _draw(report, out)
     write_json(out / "report.json", report)
     write_text(out / "report.md", markdown(report, picture))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tokenizers
 
 from lawcat_edge.data.corpus import encode_parts, start_ids
 from lawcat_edge.data.readers import expand, read_parts
@@ -58,15 +59,15 @@ class PerplexityReport:
 
 
 def text_sequences(
-    files: Sequence[str | Path], model: LanguageModel, length: int, samples: int
+    files: Sequence[str | Path], tokenizer: tokenizers.Tokenizer, length: int, samples: int
 ) -> np.ndarray:
     """The first ``samples`` sequences of ``length`` ids of the files' text, documents joined by the
     separator: int32 [samples, length]. Raises LawcatError when the text is too short for one; fewer than
     ``samples`` may come back."""
     parts = (part for path in expand(files) for part in read_parts(path))
-    held = [np.asarray(start_ids(model.tokenizer), np.int32)]
+    held = [np.asarray(start_ids(tokenizer), np.int32)]
     size = len(held[0])
-    for _, ids in encode_parts(parts, model.tokenizer):
+    for _, ids in encode_parts(parts, tokenizer):
         held.append(ids)
         size += len(ids)
         if size >= samples * length:
@@ -134,7 +135,7 @@ def perplexity(
     if samples < 1:
         raise LawcatError(f"Perplexity needs at least one sequence, not {samples}.")
     began = time.monotonic()
-    rows = text_sequences(files, model, length, samples)
+    rows = text_sequences(files, model.tokenizer, length, samples)
     losses: list[np.ndarray] = []
     for row in rows:
         if losses and deadline is not None and time.monotonic() > deadline:

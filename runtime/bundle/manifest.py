@@ -474,6 +474,11 @@ def write_manifest(folder: Path | str, manifest: Manifest, names: Iterable[str] 
         apart = (MANIFEST, signature.SIGNATURE)
         names = [p.name for p in folder.iterdir() if p.name not in apart and not p.name.startswith(".")]
     manifest.files = describe_files(folder, names)
+    return save_manifest(folder, manifest)
+
+
+def save_manifest(folder: Path, manifest: Manifest) -> Manifest:
+    """Check the manifest as a reader would and write it, with the files as it describes them."""
     checked = Manifest.from_dict(manifest.to_dict())
     files.write_json(folder / MANIFEST, checked.to_dict())
     return checked

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from lawcat_edge.adapter import Adapter
 from lawcat_edge.cli import run
 from lawcat_edge.config import LawcatConfig
 from lawcat_edge.export import layout
-from lawcat_edge.export.exporter import export_bundle
+from lawcat_edge.export.exporter import ExportOptions, export_bundle
 from lawcat_edge.export.rotation import Rotation
 from lawcat_edge.export.rounding import nearest
 from lawcat_edge.export.schemes import SCHEMES, Product, Scheme, load_scheme
@@ -32,7 +32,8 @@ from lawcat_edge.runtime.bundle.manifest import Bundle, write_manifest
 from lawcat_edge.runtime.bundle.verify import verify
 from lawcat_edge.runtime.engine.session import Engine, _version
 from lawcat_edge.runtime.errors import CheckFailed, LawcatError
-from lawcat_edge.teacher import resolve
+from lawcat_edge.student import Student
+from lawcat_edge.teacher import Teacher, resolve
 from lawcat_edge.weights import RandomWeights
 
 FLAVOURS = ("ort", "onnx", "portable")
@@ -347,24 +348,21 @@ def test_large_model_needs_little_memory(tmp_path: Path) -> None:
 
     geometry = Geometry("mistral", 512, 6, 8, 2, 64, 2048, 4096, False, 1e-5, 1e4)
     teacher, _, _ = make_student(tmp_path / "t")
-    export_bundle(  # trace outside of what is measured
-        RandomWeights(geometry),
-        geometry,
-        LawcatConfig(),
-        None,
-        tmp_path / "b",
-        tokenizer_files=teacher.folder,
-    )
+
+    @dataclass(frozen=True)
+    class Random(Teacher):
+        seed: int = 0
+
+        def weights(self) -> RandomWeights:
+            return RandomWeights(self.geometry, self.seed)
+
+    def student(seed: int) -> Student:
+        return Student.of(Random("random", teacher.folder, "0" * 64, geometry, seed), config=LawcatConfig())
+
+    # trace outside of what is measured
+    export_bundle(student(0), tmp_path / "b", ExportOptions())
     tracemalloc.start()
-    report = export_bundle(
-        RandomWeights(geometry, seed=1),
-        geometry,
-        LawcatConfig(),
-        None,
-        tmp_path / "c",
-        tokenizer_files=teacher.folder,
-        verify=False,
-    )
+    report = export_bundle(student(1), tmp_path / "c", ExportOptions(verify=False))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert report["bytes"] > 26_000_000
@@ -383,9 +381,7 @@ def test_cut_and_compare() -> None:
 def test_untrained_bundle_runs_and_rejects_nothing(tmp_path: Path) -> None:
     teacher, _, _ = make_student(tmp_path / "t")
     config = LawcatConfig(feature_dim=8)
-    export_bundle(
-        teacher.weights(), teacher.geometry, config, None, tmp_path / "b", tokenizer_files=teacher.folder
-    )
+    export_bundle(Student.of(teacher, config=config), tmp_path / "b", ExportOptions())
     engine = Engine(Bundle.open(tmp_path / "b"))
     tokens = np.arange(50)
     assert np.isfinite(replay(engine, tokens, [20, 30])).all()
