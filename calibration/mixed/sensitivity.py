@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from lawcat_edge.calibration.comparison.divergence import token_kl
 from lawcat_edge.calibration.comparison.report import small
 from lawcat_edge.calibration.comparison.rows import Row, key_of
 from lawcat_edge.calibration.mixed.simulate import Simulated
 from lawcat_edge.export.schemes import PRODUCTS, Product
+from lawcat_edge.losses import token_kl
 from lawcat_edge.progress import Progress
 from lawcat_edge.runtime.errors import LawcatError
 

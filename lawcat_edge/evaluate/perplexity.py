@@ -15,7 +15,8 @@ import tokenizers
 
 from lawcat_edge.data.corpus import encode_parts, start_ids
 from lawcat_edge.data.readers import expand, read_parts
-from lawcat_edge.evaluate.lm import LanguageModel, to_numpy
+from lawcat_edge.evaluate.lm import LanguageModel
+from lawcat_edge.losses import token_losses
 from lawcat_edge.runtime.errors import LawcatError
 
 EDGES = (0, 1024, 2048, 4096, 8192, 16_384, 32_768, 65_536)
@@ -79,41 +80,6 @@ def text_sequences(
             f"The text holds {size:,} tokens, less than one sequence of {length:,}; give more text."
         )
     return flat[: count * length].reshape(count, length)
-
-
-def token_losses(logits: Any, reference: Any | None, targets: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Per token of logits [B,t,V] and targets [B,t]: nll, KL(reference ‖ logits) and top-1 agreement (0,
-    1), [B,t] each.
-
-    On the device of torch tensors when both are, else in numpy and float64. Without a reference the last
-    two are zero.
-    """
-    if not isinstance(logits, np.ndarray) and not isinstance(reference, np.ndarray):
-        import torch
-
-        predicted = logits.float().log_softmax(-1)
-        wanted = torch.as_tensor(targets, dtype=torch.int64, device=logits.device)
-        nll = -predicted.gather(-1, wanted[..., None])[..., 0]
-        if reference is None:
-            zeros = np.zeros(targets.shape)
-            return nll.double().cpu().numpy(), zeros, zeros
-        known = reference.to(logits.device).float().log_softmax(-1)
-        kl = (known.exp() * (known - predicted)).sum(-1)
-        same = predicted.argmax(-1) == known.argmax(-1)
-        return tuple(x.double().cpu().numpy() for x in (nll, kl, same))
-    mine = _log_softmax(to_numpy(logits))
-    nll = -np.take_along_axis(mine, np.asarray(targets, np.int64)[..., None], -1)[..., 0]
-    if reference is None:
-        return nll, np.zeros(nll.shape), np.zeros(nll.shape)
-    theirs = _log_softmax(to_numpy(reference))
-    kl = (np.exp(theirs) * (theirs - mine)).sum(-1)
-    return nll, kl, (mine.argmax(-1) == theirs.argmax(-1)).astype(np.float64)
-
-
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    x = logits.astype(np.float64)
-    x -= x.max(-1, keepdims=True)
-    return x - np.log(np.exp(x).sum(-1, keepdims=True))
 
 
 def perplexity(

@@ -16,12 +16,12 @@ from tiny_teacher import write_corpus
 from lawcat_edge import cli
 from lawcat_edge.adapter import Adapter
 from lawcat_edge.calibration.calibrate import Calibration
-from lawcat_edge.calibration.comparison.divergence import token_kl
 from lawcat_edge.calibration.ranges import Ranges
 from lawcat_edge.config import LawcatConfig
 from lawcat_edge.evaluate.lm import BundleModel
 from lawcat_edge.export.products import input_grid
 from lawcat_edge.export.schemes import SCHEMES, Scheme, load_scheme
+from lawcat_edge.losses import token_kl
 from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.student import Student
 

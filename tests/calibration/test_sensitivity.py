@@ -10,13 +10,13 @@ import pytest
 import torch
 from exported import make_bundle, make_student
 
-from lawcat_edge.calibration.comparison.divergence import token_kl
 from lawcat_edge.calibration.comparison.rows import Row
 from lawcat_edge.calibration.mixed import search, sensitivity
 from lawcat_edge.calibration.mixed.simulate import Simulated, rounded_activation, rounded_weight
 from lawcat_edge.config import LawcatConfig
 from lawcat_edge.evaluate.lm import BundleModel
 from lawcat_edge.export.schemes import SCHEMES, Product, Scheme
+from lawcat_edge.losses import token_kl
 from lawcat_edge.runtime.bundle.manifest import Bundle
 from lawcat_edge.runtime.errors import LawcatError
 

@@ -28,9 +28,9 @@ from lawcat_edge.evaluate.perplexity import (
     perplexity,
     sequence_losses,
     text_sequences,
-    token_losses,
 )
 from lawcat_edge.evaluate.run import TaskReport, cell_prompts, run_task
+from lawcat_edge.losses import token_losses
 from lawcat_edge.runtime.errors import LawcatError
 
 
