@@ -6,14 +6,21 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
+from lawcat_edge.runtime.bundle.limits import (
+    LAYER_TYPES,
+    MAX_FEATURES,
+    MAX_LAYERS,
+    MAX_SPAN,
+    MAX_TAPS,
+    MAX_WINDOW,
+    WINDOW_SCALINGS,
+)
 from lawcat_edge.runtime.errors import LawcatError
 
 if TYPE_CHECKING:
     from lawcat_edge.families import Geometry
 
-LINEAR, FULL = "linear_attention", "full_attention"  # as transformers writes them in ``layer_types``
-MAX_LAYERS, MAX_SPAN = 1024, 1 << 24
-WINDOW_SCALINGS = ("max_score", "softmax")
+LINEAR, FULL = LAYER_TYPES
 
 
 @dataclass(frozen=True)
@@ -47,10 +54,10 @@ class LawcatConfig:
 
     def __post_init__(self) -> None:
         limits = {
-            "conv_kernel": (2, 16),
-            "feature_dim": (1, 1024),
+            "conv_kernel": (2, MAX_TAPS),
+            "feature_dim": (1, MAX_FEATURES),
             "gate_rank": (1, 1024),
-            "window": (0, 8192),
+            "window": (0, MAX_WINDOW),
             "attention_span": (0, MAX_SPAN),
         }
         for name, (low, high) in limits.items():

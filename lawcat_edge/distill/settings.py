@@ -8,6 +8,7 @@ from typing import Any
 
 from lawcat_edge.distill.full_attention import FullAttention
 from lawcat_edge.lora import parse_targets
+from lawcat_edge.runtime.bundle.limits import MAX_FEATURES, MAX_SPAN, MAX_TAPS, MAX_WINDOW
 from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.runtime.files import read_json, user_path
 
@@ -25,10 +26,10 @@ _WHOLE = {
     "batch_size": (1, 1 << 16),
     "grad_accumulation": (1, 1 << 16),
     "lora_rank": (1, 4096),
-    "feature_dim": (0, 1024),
-    "conv_kernel": (2, 16),
-    "window": (0, 8192),
-    "span": (0, 1 << 24),
+    "feature_dim": (0, MAX_FEATURES),
+    "conv_kernel": (2, MAX_TAPS),
+    "window": (0, MAX_WINDOW),
+    "span": (0, MAX_SPAN),
     "ranking_tokens": (16, 1 << 24),
     "seed": (0, (1 << 63) - 1),
     "checkpoint_every": (1, 1 << 40),

@@ -20,6 +20,15 @@ from lawcat_edge.runtime import files
 from lawcat_edge.runtime.bundle import hub, signature
 from lawcat_edge.runtime.bundle.flavours import FLAVOURS
 from lawcat_edge.runtime.bundle.graph_check import MAX_MODEL_BYTES, ModelSummary, check_model
+from lawcat_edge.runtime.bundle.limits import (
+    GEOMETRY,
+    LAYER_TYPES,
+    MAX_FEATURES,
+    MAX_SPAN,
+    MAX_TAPS,
+    MAX_WINDOW,
+    WINDOW_SCALINGS,
+)
 from lawcat_edge.runtime.errors import CheckFailed, LawcatError
 
 MANIFEST = "lawcat_bundle.json"
@@ -35,19 +44,7 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 GENERATION_CONFIG = "generation_config.json"
 MAX_STATE_BYTES = 4 << 30
 
-# Every number of the geometry the runner works with, and the largest value it may have.
-_GEOMETRY_CAPS = {
-    "hidden_size": 1 << 17,
-    "num_layers": 1024,
-    "num_heads": 4096,
-    "num_kv_heads": 4096,
-    "head_dim": 4096,
-    "vocab_size": 1 << 22,
-}
-_LAWCAT_CAPS = {"conv_kernel": 16, "feature_dim": 1024}
-LAYER_TYPES = ("linear_attention", "full_attention")
-WINDOW_SCALINGS = ("max_score", "softmax")
-MAX_SPAN = 1 << 24
+_LAWCAT_CAPS = {"conv_kernel": MAX_TAPS, "feature_dim": MAX_FEATURES}
 TOKENS = "tokens"  # the axis of a buffer along which it grows
 
 
@@ -197,12 +194,12 @@ class Manifest:
 
     def _check_geometry(self) -> None:
         for data, where, caps in (
-            (self.geometry, "geometry", _GEOMETRY_CAPS),
+            (self.geometry, "geometry", GEOMETRY),
             (self.lawcat, "lawcat", _LAWCAT_CAPS),
         ):
             for key, cap in caps.items():
                 _whole(data.get(key), f"{where}.{key}", 1, cap)
-        _whole(self.lawcat.get("window", 0), "lawcat.window", 0, 8192)
+        _whole(self.lawcat.get("window", 0), "lawcat.window", 0, MAX_WINDOW)
         if type(self.lawcat.get("rope", False)) is not bool:
             raise _bad("lawcat.rope", "must be true or false")
         if self.lawcat.get("window_scaling", WINDOW_SCALINGS[0]) not in WINDOW_SCALINGS:
