@@ -99,9 +99,9 @@ def compare(
             student, text, out, settings, calibration or (), resume=resume, gguf=gguf, progress=show
         )
         if sensitivity or max_kl is not None or max_mb is not None:
-            from lawcat_edge.calibration.mixed.automatic import Automatic
+            from lawcat_edge.calibration.mixed.automatic import choose_schemes
 
-            names += Automatic(job).choose(max_kl, max_mb)
+            names += choose_schemes(job, max_kl, max_mb)
         report = run(job, names, peers)
     picture = _draw(report, out)
     write_json(out / "report.json", report)
