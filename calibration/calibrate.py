@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from lawcat_edge.calibration import TOKENS
 from lawcat_edge.calibration.gptq import Gptq
 from lawcat_edge.calibration.hessian import Moments
 from lawcat_edge.calibration.ranges import ROTATED, Ranges, measure_ranges
@@ -29,7 +30,6 @@ from lawcat_edge.student import Student
 
 LENGTH = 4096
 """Tokens of a text: states are not what they were after a few hundred."""
-TOKENS = 8192
 
 
 @dataclass

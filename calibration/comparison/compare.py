@@ -22,7 +22,8 @@ from typing import Any
 import onnxruntime
 
 from lawcat_edge import __version__
-from lawcat_edge.calibration.calibrate import TOKENS, Calibration
+from lawcat_edge.calibration import TOKENS
+from lawcat_edge.calibration.calibrate import Calibration
 from lawcat_edge.calibration.comparison import measure, peers
 from lawcat_edge.calibration.comparison.bundles import bundle_folder, export_scheme
 from lawcat_edge.calibration.comparison.plan import REFERENCE, Planned, plan

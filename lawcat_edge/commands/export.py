@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
 import tempfile
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lawcat_edge.commands.options import CALIBRATION_TOKENS, CalibrationFiles, CalibrationTokens
 from lawcat_edge.runtime.errors import LawcatError
 
 if TYPE_CHECKING:
+    from lawcat_edge.calibration.calibrate import Calibration
     from lawcat_edge.calibration.ranges import Ranges
     from lawcat_edge.export.exporter import ExportOptions
     from lawcat_edge.export.schemes import Scheme
+    from lawcat_edge.progress import Progress
     from lawcat_edge.student import Student
 
 
@@ -39,13 +40,8 @@ def export(
     ranges: Annotated[
         Path | None, typer.Option(help="Ranges of activations, from lawcat-edge calibrate (int8-static).")
     ] = None,
-    calibration: Annotated[
-        list[str] | None,
-        typer.Option(help="Text files for schemes that want some; without any, the teacher writes it."),
-    ] = None,
-    calibration_tokens: Annotated[
-        int, typer.Option(help="Tokens of it that are read; more takes longer.", min=1024)
-    ] = 8192,
+    calibration: CalibrationFiles = None,
+    calibration_tokens: CalibrationTokens = CALIBRATION_TOKENS,
     rounding: Annotated[
         str | None,
         typer.Option(help="nearest or gptq (by what the text says matters); default: the scheme's."),
@@ -91,7 +87,9 @@ def export(
 
       lawcat-edge export smollm2 --adapter adapter --scheme int8-static --ranges ranges.json --out bundle
     """
+    from lawcat_edge.calibration.calibrate import Calibration
     from lawcat_edge.calibration.ranges import Ranges
+    from lawcat_edge.commands.progress import reporter
     from lawcat_edge.commands.students import open_student
     from lawcat_edge.export.exporter import ExportOptions, export_bundle
     from lawcat_edge.export.schemes import load_scheme
@@ -120,14 +118,15 @@ def export(
         name=name,
         verify=verify,
         reference=student.logits if verify and student.adapter is not None else None,
-        progress=progress,
         sign_with=key,
         sampling=sampling,
     )
     if not overwrite:
         _check_replaced(out, student, options)
-    with _needed(student, table, measured, calibration or [], calibration_tokens) as needed:
-        report = export_bundle(student, out, replace(options, **needed))
+    with reporter(lines=False) as show, tempfile.TemporaryDirectory(prefix="lawcat-calibrate-") as work:
+        run = Calibration(student, Path(work), calibration or [], calibration_tokens)
+        needed = _needed(run, table, measured, show)
+        report = export_bundle(student, out, replace(options, progress=show, **needed))
     report["warning"] = student.warning
     if push is not None:
         from lawcat_edge.export.push import push as upload
@@ -181,30 +180,16 @@ def _check_replaced(out: Path, student: Student, options: ExportOptions) -> None
         raise LawcatError(f"{out} holds a bundle of another {differing}; {step}.")
 
 
-@contextlib.contextmanager
-def _needed(
-    student: Student, table: Scheme, ranges: Ranges | None, files: list[str], tokens: int
-) -> Iterator[dict[str, Any]]:
-    """What the scheme has to know of activations; measured while the export asks for it."""
-    from lawcat_edge.calibration.calibrate import Calibration
-
-    if ranges is not None and not files and table.rounding == "gptq":
+def _needed(run: Calibration, table: Scheme, ranges: Ranges | None, progress: Progress) -> dict[str, Any]:
+    """What the scheme has to know of activations: ranges are measured now, the rest while it is exported."""
+    if ranges is not None and not run.files and table.rounding == "gptq":
         print("With --ranges and no --calibration, weights are rounded to nearest.", file=sys.stderr)
-        yield Calibration(student, Path()).ranges_for(table, ranges)
-        return
+        return run.ranges_for(table, ranges, progress)
     wanted = (table.static and ranges is None) or table.rounding == "gptq"
-    if wanted and not files:
+    if wanted and not run.files:
         print(
             f"The scheme {table.name} is calibrated, and without --calibration the teacher writes the text "
             "itself: some minutes on a CPU.",
             file=sys.stderr,
         )
-    with tempfile.TemporaryDirectory(prefix="lawcat-calibrate-") as folder:
-        run = Calibration(student, Path(folder), files, tokens)
-        yield run.for_export(table, ranges, progress)
-
-
-def progress(what: str, done: int, total: int) -> None:
-    if sys.stderr.isatty():
-        end = "\n" if done == total else ""
-        print(f"\r{what} {done}/{total} ", end=end, file=sys.stderr, flush=True)
+    return run.for_export(table, ranges, progress)
