@@ -28,6 +28,8 @@ from typing import Any
 
 import numpy as np
 
+from lawcat_edge.runtime.bundle.flavours import ranked
+
 # What the project promises, as (figure, context, least ratio of ours to the peer's); memory: at most.
 GOALS = (
     ("decode", 128, 1.0), ("decode", 2048, 2.5), ("decode", 8192, 5.0), ("prefill", 512, 1.5),
@@ -41,7 +43,7 @@ def weights_per_token(bundle: Path) -> int:
     import onnx
 
     manifest = json.loads((bundle / "lawcat_bundle.json").read_text())
-    flavour = next(op for op in ("ort", "portable", "onnx") if op in manifest["ops"])
+    flavour = ranked(manifest["ops"])[0]
     graph = onnx.load(str(bundle / manifest["graphs"][flavour]["last"]), load_external_data=False).graph
     looked_up = {name for node in graph.node if node.op_type.startswith("Gather") for name in node.input}
     used = {name for node in graph.node if not node.op_type.startswith("Gather") for name in node.input}

@@ -141,7 +141,7 @@ def main() -> None:
     model = LawcatModel(
         LlamaForCausalLM(config),
         one,
-        LawcatConfig(feature_dim=one.head_dim // 2, window=args.window),
+        LawcatConfig.for_geometry(one, window=args.window),
         "torch",
     )
     model.add_lora(args.rank, 2.0 * args.rank)

@@ -6,86 +6,88 @@ or, without any, on text that the teacher writes itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lawcat_edge.adapter import Adapter
-from lawcat_edge.calibration.comparison.measure import Progress
-from lawcat_edge.calibration.comparison.settings import Named, spread
+from lawcat_edge.calibration import TOKENS
 from lawcat_edge.calibration.gptq import Gptq
 from lawcat_edge.calibration.hessian import Moments
 from lawcat_edge.calibration.ranges import ROTATED, Ranges, measure_ranges
-from lawcat_edge.config import LawcatConfig
+from lawcat_edge.calibration.texts import spread
 from lawcat_edge.data.readers import expand
 from lawcat_edge.evaluate.lm import load_tokenizer
-from lawcat_edge.export.exporter import export_bundle
+from lawcat_edge.export.exporter import ExportOptions, export_bundle
 from lawcat_edge.export.schemes import SCHEMES, Product, Scheme
+from lawcat_edge.progress import Progress, quiet
 from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.runtime.files import sha256_file
-from lawcat_edge.teacher import Teacher
+from lawcat_edge.student import Student
 
 LENGTH = 4096
 """Tokens of a text: states are not what they were after a few hundred."""
-TOKENS = 8192
 
 
 @dataclass
 class Calibration:
-    """``folder`` keeps fp32 bundles and sampled text; ``known``: fp32 bundles, by rotate, that exist."""
+    """``folder`` keeps fp32 bundles and sampled text. plain: an fp32 bundle of the student that will be there
+    when it is asked for; without it one is made in ``folder``."""
 
-    teacher: Teacher
-    adapter: Adapter | None
-    config: LawcatConfig
+    student: Student
     folder: Path
     files: Sequence[str] = ()
     tokens: int = TOKENS
     threads: int | None = None
     seed: int = 0
-    progress: Progress = lambda what, done, total: None
-    known: dict[bool, Path] = field(default_factory=dict)
+    plain: Path | None = None
     _ranges: dict[bool, Ranges] = field(default_factory=dict)
-    _gptq: dict[bool, Gptq] = field(default_factory=dict)
+    _moments: dict[bool, Moments] = field(default_factory=dict)
     _texts: np.ndarray | None = None
+    _made: set[bool] = field(default_factory=set)
 
-    def for_export(self, scheme: Scheme, ranges: Ranges | None = None) -> dict[str, Any]:
-        """The arguments ``ranges`` and ``rounder_of`` of ``export_bundle`` that the scheme needs.
+    def for_export(
+        self, scheme: Scheme, ranges: Ranges | None = None, progress: Progress = quiet
+    ) -> dict[str, Any]:
+        """The fields ``ranges`` and ``rounder_of`` of ``ExportOptions`` that the scheme needs.
 
         ranges: measured before. Raises LawcatError when they are another student's or of another basis.
         """
-        needed = self.ranges_for(scheme, ranges)
+        needed = self.ranges_for(scheme, ranges, progress)
         if scheme.rounding == "gptq":
-            needed["rounder_of"] = self.gptq(scheme.rotate)
+            needed["rounder_of"] = self.gptq(scheme.rotate, progress)
         return needed
 
-    def ranges_for(self, scheme: Scheme, ranges: Ranges | None = None) -> dict[str, Any]:
+    def ranges_for(
+        self, scheme: Scheme, ranges: Ranges | None = None, progress: Progress = quiet
+    ) -> dict[str, Any]:
         """``for_export`` without ``rounder_of``."""
-        return {"ranges": static_ranges(self._checked(scheme, ranges), scheme)} if scheme.static else {}
-
-    def _checked(self, scheme: Scheme, ranges: Ranges | None) -> Ranges:
+        if not scheme.static:
+            return {}
         if ranges is None:
-            return self.ranges(scheme.rotate)
-        adapter = self.adapter.sha256 if self.adapter is not None else None
-        ranges.check_export(self.teacher.sha256, adapter, scheme.rotate)
-        return ranges
+            ranges = self.ranges(scheme.rotate, progress)
+        else:
+            ranges.check_export(self.student.teacher.sha256, self.student.adapter_sha256, scheme.rotate)
+        return {"ranges": static_ranges(ranges, scheme)}
 
-    def ranges(self, rotate: bool) -> Ranges:
+    def ranges(self, rotate: bool, progress: Progress = quiet) -> Ranges:
         if rotate not in self._ranges:
             self._ranges[rotate] = measure_ranges(
-                self._bundle(rotate), self.texts(), threads=self.threads, progress=self._shown("ranges")
+                self._bundle(rotate, progress),
+                self.texts(progress),
+                threads=self.threads,
+                progress=functools.partial(progress, "ranges"),
             )
         return self._ranges[rotate]
 
-    def gptq(self, rotate: bool) -> Gptq:
-        if rotate not in self._gptq:
-            moments = Moments(
-                self._bundle(rotate), self.texts(), self.threads, progress=self._shown("moments")
-            )
-            self._gptq = {rotate: Gptq(moments)}  # one basis at a time in memory
-        return self._gptq[rotate]
+    def gptq(self, rotate: bool, progress: Progress = quiet) -> Gptq:
+        if rotate not in self._moments:
+            moments = Moments(self._bundle(rotate, progress), self.texts(progress), self.threads)
+            self._moments = {rotate: moments}  # one basis at a time in memory
+        return Gptq(self._moments[rotate], progress)
 
     @property
     def identity(self) -> list[Any]:
@@ -93,64 +95,54 @@ class Calibration:
         given = [sha256_file(Path(name)) for name in expand(list(self.files))] if self.files else None
         return [given, self.tokens, self.seed]
 
-    def texts(self) -> np.ndarray:
+    def texts(self, progress: Progress = quiet) -> np.ndarray:
         """int32 [n,T] token ids, T at most ``LENGTH``."""
         if self._texts is None:
-            self._texts = self._given() if self.files else self._sampled()
+            self._texts = self._given() if self.files else self._sampled(progress)
         return self._texts
 
     def _given(self) -> np.ndarray:
-        tokenizer: Any = Named(load_tokenizer(self.teacher.tokenizer_path))
+        tokenizer = load_tokenizer(self.student.teacher.tokenizer_path)
         for length in (LENGTH, LENGTH // 4, LENGTH // 16):  # short texts are taken short
             try:
-                return spread(list(self.files), tokenizer, length, max(1, self.tokens // length))
+                return spread(self.files, tokenizer, length, max(1, self.tokens // length))
             except LawcatError as error:
                 found = error
         raise LawcatError(
             f"The calibration text is too short: one file needs {LENGTH // 16:,} tokens or more; give more."
         ) from found
 
-    def _sampled(self) -> np.ndarray:
+    def _sampled(self, progress: Progress) -> np.ndarray:
         from lawcat_edge.distill.sample import LENGTH as SAMPLE
         from lawcat_edge.distill.sample import ensure_samples
         from lawcat_edge.model import load_student
 
-        tokenizer = load_tokenizer(self.teacher.tokenizer_path)
-        path = self.folder / f"sampled-{self.teacher.sha256[:12]}-{self.seed}.npy"
+        teacher = self.student.teacher
+        tokenizer = load_tokenizer(teacher.tokenizer_path)
+        path = self.folder / f"sampled-{teacher.sha256[:12]}-{self.seed}.npy"
         self.folder.mkdir(parents=True, exist_ok=True)
-        show = self._shown("sampling")
-        model = load_student(self.teacher, config=self.config, backend="torch")
+        model = load_student(teacher, config=self.student.config, backend="torch")
         ensure_samples(
-            model, tokenizer, path, self.tokens, self.seed, lambda made: show(made["tokens"], self.tokens)
+            model,
+            tokenizer,
+            path,
+            self.tokens,
+            self.seed,
+            lambda made: progress("sampling", made["tokens"], self.tokens),
         )
         rows = np.load(path, allow_pickle=False)
         joined = max(1, min(len(rows), LENGTH // SAMPLE))  # one after another, as a long conversation
         return np.ascontiguousarray(rows[: len(rows) // joined * joined].reshape(-1, joined * SAMPLE))
 
-    def _bundle(self, rotate: bool) -> Path:
-        if rotate not in self.known:
-            out = self.folder / (ROTATED if rotate else "fp32")
-            export_bundle(
-                self.teacher.weights(),
-                self.teacher.geometry,
-                self.config,
-                self.adapter,
-                out,
-                scheme=basis_scheme(rotate),
-                tokenizer_files=self.teacher.folder,
-                source={
-                    "teacher": self.teacher.name,
-                    "teacher_sha256": self.teacher.sha256,
-                    "adapter_sha256": self.adapter.sha256 if self.adapter is not None else None,
-                },
-                verify=False,
-                progress=self.progress,
-            )
-            self.known[rotate] = out
-        return self.known[rotate]
-
-    def _shown(self, what: str) -> Callable[[int, int], None]:
-        return lambda done, total: self.progress(what, done, total)
+    def _bundle(self, rotate: bool, progress: Progress) -> Path:
+        if not rotate and self.plain is not None:
+            return self.plain
+        out = self.folder / (ROTATED if rotate else "fp32")
+        if rotate not in self._made:
+            options = ExportOptions(scheme=basis_scheme(rotate), verify=False, progress=progress)
+            export_bundle(self.student, out, options)
+            self._made.add(rotate)
+        return out
 
 
 def basis_scheme(rotate: bool) -> Scheme:

@@ -19,6 +19,7 @@ from lawcat_edge.calibration.hessian import Moments
 from lawcat_edge.calibration.ranges import text_sha256
 from lawcat_edge.export.rounding import Codes, Rounder, bounds, grid
 from lawcat_edge.export.schemes import Product
+from lawcat_edge.progress import Progress, quiet
 
 DAMPING = 0.01
 """Of M's mean diagonal, added to it: directions that the text hardly shows must not rule."""
@@ -28,13 +29,13 @@ _COLUMNS = 64  # rounded before the rest is brought up to date with one product
 class Gptq:
     """Gives the exporter its rounder for each product: ``Gptq(moments)("layers.3/down", spec)``."""
 
-    def __init__(self, moments: Moments) -> None:
-        self.moments = moments
+    def __init__(self, moments: Moments, progress: Progress = quiet) -> None:
+        self.moments, self.progress = moments, progress
         what = [DAMPING, moments.bundle.sha256, [text_sha256(row) for row in moments.texts]]
         self.sha256 = hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
     def __call__(self, path: str, spec: Product) -> Rounder:
-        moment = self.moments.of(path)
+        moment = self.moments.of(path, self.progress)
         state: list[_Rounding] = []
 
         def rounder(values: np.ndarray) -> Codes:

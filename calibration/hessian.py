@@ -7,12 +7,12 @@ parameters fits one reading; one of 7 B takes a reading for every layer or two, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from lawcat_edge.calibration.probes import Probed
+from lawcat_edge.progress import Progress, quiet
 from lawcat_edge.runtime.bundle.manifest import Bundle
 from lawcat_edge.runtime.errors import LawcatError
 
@@ -24,7 +24,7 @@ LEAST_TOKENS = 1024
 class Moments:
     """Of the fp32 bundle in ``folder`` on texts int [n,T]; ``of`` measures when it must.
 
-    progress: called with (tokens read, of how many) in every reading. Raises LawcatError for too little text.
+    Raises LawcatError for too little text.
     """
 
     def __init__(
@@ -34,14 +34,13 @@ class Moments:
         threads: int | None = None,
         chunk: int = 256,
         budget: int = BUDGET,
-        progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         if texts.size < LEAST_TOKENS:
             raise LawcatError(
                 f"The calibration text holds {texts.size:,} tokens, {LEAST_TOKENS:,} are needed; give more."
             )
         self.bundle, self.texts = Bundle.open(folder), texts
-        self.threads, self.chunk, self.budget, self.progress = threads, chunk, budget, progress
+        self.threads, self.chunk, self.budget = threads, chunk, budget
         self.readings = 0
         self._held: dict[str, np.ndarray] = {}
 
@@ -51,18 +50,20 @@ class Moments:
         layers = range(self.bundle.manifest.num_layers)
         return ["head", *(f"layers.{i}/{name}" for i in layers for name in ("qkv", "o", "gate_up", "down"))]
 
-    def of(self, path: str) -> np.ndarray:
+    def of(self, path: str, progress: Progress = quiet) -> np.ndarray:
         """Float32 [K,K], the mean over all tokens of x xᵀ for the input x of ``layers.3/down``, ``head`` …"""
         if path not in self._held:
             self._held.clear()
-            self._held = self._measure(self._group(path))
+            self._held = self._measure(self._group(path), progress)
         return self._held[path]
 
     def _group(self, first: str) -> list[str]:
+        """The products from this one on that fit the budget. The head comes first where it shares the
+        embedding's table, which is stored first, and else last: so it follows the last layer here too."""
         paths = self.paths
         start, size = paths.index(first), 0
         group: list[str] = []
-        for path in paths[start:]:
+        for path in [*paths[start:], *paths[: min(start, 1)]]:
             size += 4 * self._width(path) ** 2
             if group and size > self.budget:
                 break
@@ -75,7 +76,7 @@ class Moments:
         widths = {"o": g["num_heads"] * g["head_dim"], "down": g["intermediate_size"]}
         return int(widths.get(name, g["hidden_size"]))
 
-    def _measure(self, group: list[str]) -> dict[str, np.ndarray]:
+    def _measure(self, group: list[str], progress: Progress) -> dict[str, np.ndarray]:
         graph = Probed(self.bundle, self.threads, group)
         found = {path: np.zeros((self._width(path),) * 2, np.float32) for path in group}
         done = 0
@@ -84,7 +85,7 @@ class Moments:
                 x = values.reshape(-1, values.shape[-1])
                 found[path] += x.T @ x
             done += seen.tokens
-            self.progress(done, self.texts.size)
+            progress("moments", done, self.texts.size)
         self.readings += 1
         for moment in found.values():
             moment /= done

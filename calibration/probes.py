@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
+from lawcat_edge.calibration.graph import RecurrentGraph
 from lawcat_edge.runtime.bundle.manifest import Bundle
-from lawcat_edge.runtime.engine import rotary
 from lawcat_edge.runtime.engine.state import State
 from lawcat_edge.runtime.errors import LawcatError
 
@@ -35,7 +34,6 @@ class Probed:
 
     def __init__(self, bundle: Bundle, threads: int | None, only: Collection[str] | None = None) -> None:
         import onnx
-        import onnxruntime
 
         self.manifest = bundle.manifest
         if "ort" not in self.manifest.ops:
@@ -57,45 +55,30 @@ class Probed:
             model.graph.output.append(
                 onnx.helper.make_tensor_value_info(tensor, onnx.TensorProto.FLOAT, None)
             )
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        if threads is not None:
-            options.intra_op_num_threads = threads
-        options.add_session_config_entry(
-            "session.model_external_initializers_file_folder_path", os.path.abspath(bundle.folder)
+        source = self.manifest
+        self.graph = RecurrentGraph(
+            model.SerializeToString(), bundle.folder, source.geometry, source.lawcat, threads
         )
-        self.session = onnxruntime.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
-        rotated = self.manifest.rotary
-        self.frequencies = rotary.inverse_frequencies(self.manifest.geometry) if rotated else None
-        self.outputs = [item.name for item in self.session.get_outputs()]
         self.states = {
             tensor.output: f"state.{i}"
-            for i, tensor in enumerate(t for t in self.manifest.state if t.input.endswith("recurrent_state"))
+            for i, tensor in enumerate(t for t in source.state if t.input.endswith("recurrent_state"))
         }
         if only is None:
             self.probes |= self.states
 
-    def empty_state(self) -> State:
-        tensors = self.manifest.state
-        return State(tensors, [False] * len(tensors), 1, self.manifest.spans, frequencies=self.frequencies)
-
     def run(self, ids: np.ndarray, state: State) -> dict[str, np.ndarray]:
         """ids [1,T] -> what was seen by name; the state goes on."""
-        found = self.session.run(self.outputs, state.feeds(ids))
-        seen = dict(zip(self.outputs, found, strict=True))
-        state.take(seen, ids.shape[1])
+        seen = self.graph.run(ids, state)
         return {name: seen[tensor] for tensor, name in self.probes.items()}
 
     def read(self, texts: np.ndarray, chunk: int, keep_state: bool = True) -> Iterator[Seen]:
         """Texts int [n,T], each from an empty state, in chunks that carry the state on (or do not)."""
         for number, row in enumerate(texts):
-            state = self.empty_state()
+            state = self.graph.empty_state()
             start = 0
             while start < len(row):
                 if not keep_state:
-                    state = self.empty_state()
+                    state = self.graph.empty_state()
                 ids = row[None, start : start + min(chunk, state.room)].astype(np.int64)
                 yield Seen(number, start, ids.shape[1], self.run(ids, state))
                 start += ids.shape[1]

@@ -1,4 +1,4 @@
-"""Teacher weights + adapter -> bundle: trace one layer, stitch, stream the weights, verify, put in place."""
+"""Student -> bundle: trace one layer, stitch, stream the weights, verify, put in place."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,94 +22,72 @@ from lawcat_edge.export import genai, mobile
 from lawcat_edge.export.extras import copy_tokenizer, token_ids
 from lawcat_edge.export.flavours import rewrite
 from lawcat_edge.export.layout import Layout, RounderOf
-from lawcat_edge.export.schemes import PRODUCTS, Scheme, load_scheme
+from lawcat_edge.export.schemes import PRODUCTS, SCHEMES, Scheme
 from lawcat_edge.export.stitch import SLOTS, stitch
 from lawcat_edge.export.trace import trace_layer
 from lawcat_edge.export.verify import Agreement, Reference, verify_folder
 from lawcat_edge.export.writer import DATA, JOURNAL, DataWriter
 from lawcat_edge.families import Geometry
-from lawcat_edge.parameters import initial_tensors, parameter_shapes
+from lawcat_edge.parameters import parameter_shapes
+from lawcat_edge.progress import Progress, quiet
+from lawcat_edge.runtime.bundle.flavours import FLAVOURS, check_flavours, ranked
 from lawcat_edge.runtime.bundle.manifest import (
     MANIFEST,
     Manifest,
     expected_spans,
     expected_state,
+    save_manifest,
     write_manifest,
 )
-from lawcat_edge.runtime.bundle.signature import SIGNATURE, sign
+from lawcat_edge.runtime.bundle.signature import sign
+from lawcat_edge.runtime.engine.session import PORTABLE_CHUNK
 from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.runtime.files import FileLock, atomic_folder, write_json
-from lawcat_edge.weights import MergedWeights, WeightSource, check_shapes
+from lawcat_edge.student import Student
+from lawcat_edge.weights import check_shapes
 
-FLAVOURS = ("ort", "onnx", "portable")
-CHUNK = 32  # tokens of the portable graph of fixed length
 VERIFY_TOKENS = 128
-MIN_ONNXRUNTIME = {"ort": "1.25.1", "onnx": "1.32.0", "portable": "1.17.0"}
-Progress = Callable[[str, int, int], None]
 
 
-def export_bundle(
-    weights: WeightSource,
-    geometry: Geometry,
-    config: LawcatConfig,
-    adapter: Any | None,
-    out: Path | str,
-    *,
-    scheme: str | Scheme = "int8",
-    ops: Sequence[str] = ("ort",),
-    tokenizer_files: Path | str,
-    source: Mapping[str, Any] | None = None,
-    name: str | None = None,
-    ort_format: bool = False,
-    verify: bool = True,
-    verify_tokens: Sequence[int] | None = None,
-    reference: Reference | None = None,
-    ranges: Mapping[str, tuple[float, float]] | None = None,
-    rounder_of: RounderOf | None = None,
-    progress: Progress | None = None,
-    sign_with: Any | None = None,
-    sampling: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Write the bundle ``out`` (a folder, replaced as a whole) and return a report.
+@dataclass(frozen=True)
+class ExportOptions:
+    """What a bundle shall hold besides the student.
 
-    weights: the teacher's, without low-rank updates (these are in the adapter and are merged here).
-    adapter: ``.tensors`` and ``.lora``; None takes an untrained conversion, as distillation starts from.
-    tokenizer_files: folder with tokenizer.json (and chat template, generation config where there are any).
+    name: in the manifest; default: the folder's.
     ort_format: also write model.ort, the same model in onnxruntime's own format for mobile apps.
-    source: {"teacher", "teacher_sha256", "adapter_sha256"} for the manifest.
-    reference: tokens [T] -> logits [T,V] of the torch student; without it the bundle is only run.
+    verify: replay tokens in every graph. reference: tokens [T] -> logits [T,V] that they are held against;
+    without it the graphs are only run and held against each other.
     ranges: (low, high) of what each static product reads, by "layers.3/down" (``calibration.ranges``).
     rounder_of: chooses the codes of a scheme with rounding "gptq" (``calibration.gptq``); without it they are
     rounded to nearest.
     sampling: temperature, top_k, top_p, min_p, repetition_penalty for generation_config.json; what is left
     out is as the adapter or else the teacher has it.
-    progress: called with (what, done, total). sign_with: a key of ``signature.load_private_key``.
+    sign_with: a key of ``signature.load_private_key``. progress: called with (what, done, total).
+    """
+
+    scheme: Scheme = SCHEMES["int8"]
+    ops: tuple[str, ...] = ("ort",)
+    name: str | None = None
+    ort_format: bool = False
+    verify: bool = True
+    reference: Reference | None = None
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    rounder_of: RounderOf | None = None
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    sign_with: Any | None = None
+    progress: Progress = quiet
+
+
+def export_bundle(student: Student, out: Path | str, options: ExportOptions) -> dict[str, Any]:
+    """Write the bundle ``out`` (a folder, replaced as a whole) and return a report.
 
     Raises CheckFailed when the bundle is further from the reference than the scheme allows, LawcatError for
-    what does not fit together. A killed export is taken up again by the next one with the same arguments.
+    what does not fit together. A killed export is taken up again by the next one of the same student and
+    options: what was stored is not stored again.
     """
     begun = time.perf_counter()
-    scheme = load_scheme(scheme) if isinstance(scheme, str) else scheme
-    for op in ops:
-        if op not in FLAVOURS:
-            raise LawcatError(f"Unknown operators {op!r}; choose from {', '.join(FLAVOURS)}.")
-    if ort_format:
-        mobile.ort_flavour(ops)  # before the slow steps
-    if "ort" in ops and geometry.head_dim % 16 and expected_spans(geometry.to_dict(), config.to_dict()):
-        raise LawcatError(
-            f"onnxruntime's attention takes heads whose width is a multiple of 16, not {geometry.head_dim}; "
-            "export with --ops portable."
-        )
-    check_shapes(weights, geometry)
-    tensors = initial_tensors(geometry, config) if adapter is None else adapter.tensors
-    check_adapter(tensors, geometry, config)
-    merged = weights if adapter is None else MergedWeights(weights, adapter)
-    layout = Layout(geometry, config, scheme, merged, tensors, dict(ranges or {}), rounder_of)
-    _check_layers(layout)
+    layout = _checked_layout(student, options)
     out = Path(os.path.abspath(out))
-    source = {"teacher": "", "teacher_sha256": "0" * 64, "adapter_sha256": None, **(source or {})}
-    report = progress or (lambda what, done, total: None)
-
     staging = out.with_name(f".{out.name}.export")
     out.parent.mkdir(parents=True, exist_ok=True)
     with _readable_errors(out), FileLock(staging):
@@ -117,61 +95,24 @@ def export_bundle(
         for path in staging.iterdir():  # of a killed export that had other options
             if path.name not in (DATA, JOURNAL):
                 path.unlink()
-        stored = _store(layout, staging, _fingerprint(layout, source), report)
-        report("graph", 0, 1)
-        nodes = _write_graphs(layout, staging, stored, ops)
-        copy_tokenizer(Path(tokenizer_files), staging, getattr(adapter, "generation", None), sampling)
-        tokens = token_ids(Path(tokenizer_files))
-        graphs = {flavour: graph_files(flavour) for flavour in ops}
-        if ort_format:
-            report("ort format", 0, 1)
-            flavour = mobile.ort_flavour(ops)
-            mobile.write_ort(staging, graphs[flavour]["last"])
-            graphs[flavour]["ort_format"] = mobile.GRAPH
-        best = genai_flavour(ops)
-        if genai.needs_own_graph(config):
-            graphs[best]["genai"] = genai.GRAPH
-        file = graphs[best].get("genai", graphs[best]["last"])
-        write_json(staging / "genai_config.json", genai.genai_config(geometry, config, tokens, file, best))
-        (staging / JOURNAL).rename(staging.with_name(f".{out.name}.journal"))
-        manifest = Manifest(
-            name=name or out.name,
-            created_by=f"lawcat-edge {_version()}",
-            source=dict(source),
-            lawcat=config.to_dict(),
-            geometry=geometry.to_dict(),
-            scheme=scheme.name,
-            ops=list(ops),
-            graphs=graphs,
-            state=expected_state(geometry.to_dict(), config.to_dict()),
-            tokens=tokens,
-            min_onnxruntime={op: MIN_ONNXRUNTIME[op] for op in ops},
-        )
-        write_manifest(staging, manifest)
-        measured: dict[str, Agreement | None] = {}
-        if verify:
-            report("verify", 0, 1)
-            ids = verify_tokens if verify_tokens is not None else sample_tokens(geometry)
-            for flavour in ops:
-                parity, measured[flavour] = verify_folder(
-                    staging, ids, reference, scheme.max_rel_err, scheme.max_kl, flavour
-                )
-                manifest.parity = manifest.parity or parity
-            write_manifest(staging, manifest)
-        (staging / SIGNATURE).unlink(missing_ok=True)  # of a killed export
-        if sign_with is not None:
-            sign(staging, MANIFEST, sign_with)
-        sizes = {path.name: path.stat().st_size for path in staging.iterdir()}
+        stored = _store(layout, staging, _fingerprint(layout, student.source), options.progress)
+        options.progress("graph", 0, 1)
+        nodes = _write_graphs(layout, staging, stored, options.ops)
+        manifest = _complete(student, staging, options.name or out.name, options)
+        measured = _verify(staging, manifest, options)
+        if options.sign_with is not None:
+            sign(staging, MANIFEST, options.sign_with)
+        # The journal stays until all is done, so that a kill before does not repeat what was stored.
+        written = [path for path in staging.iterdir() if path.name != JOURNAL]
+        sizes = {path.name: path.stat().st_size for path in written}
         with atomic_folder(out, MANIFEST) as final:
-            for path in staging.iterdir():
+            for path in written:
                 path.rename(final / path.name)
         shutil.rmtree(staging, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            staging.with_name(f".{out.name}.journal").unlink()
     return {
         "bundle": str(out),
-        "scheme": scheme.name,
-        "ops": list(ops),
+        "scheme": options.scheme.name,
+        "ops": list(options.ops),
         "bytes": sum(sizes.values()),
         "files": sizes,
         "nodes_per_layer": nodes,
@@ -181,6 +122,75 @@ def export_bundle(
             flavour: asdict(agreement) if agreement else None for flavour, agreement in measured.items()
         },
     }
+
+
+def _checked_layout(student: Student, options: ExportOptions) -> Layout:
+    """What is to be stored, after all checks that can be made before the slow steps."""
+    geometry, config, ops = student.geometry, student.config, options.ops
+    check_flavours(ops)
+    if options.ort_format:
+        mobile.ort_flavour(ops)
+    if "ort" in ops and geometry.head_dim % 16 and expected_spans(geometry.to_dict(), config.to_dict()):
+        raise LawcatError(
+            f"onnxruntime's attention takes heads whose width is a multiple of 16, not {geometry.head_dim}; "
+            "export with --ops portable."
+        )
+    check_shapes(student.teacher.weights(), geometry)
+    check_adapter(student.tensors, geometry, config)
+    merged, ranges, rounder_of = student.weights(), options.ranges, options.rounder_of
+    layout = Layout(geometry, config, options.scheme, merged, student.tensors, ranges, rounder_of)
+    _check_layers(layout)
+    return layout
+
+
+def _complete(student: Student, folder: Path, name: str, options: ExportOptions) -> Manifest:
+    """The files beside weights and graphs, and the manifest of all."""
+    geometry, config, ops, source = student.geometry, student.config, options.ops, student.teacher.folder
+    adapter = student.adapter
+    copy_tokenizer(source, folder, adapter.generation if adapter is not None else None, options.sampling)
+    tokens = token_ids(source)
+    graphs = {flavour: graph_files(flavour) for flavour in ops}
+    if options.ort_format:
+        options.progress("ort format", 0, 1)
+        flavour = mobile.ort_flavour(ops)
+        mobile.write_ort(folder, graphs[flavour]["last"])
+        graphs[flavour]["ort_format"] = mobile.GRAPH
+    best = ranked(ops)[0]  # which onnxruntime-genai gets
+    if genai.needs_own_graph(config):
+        graphs[best]["genai"] = genai.GRAPH
+    file = graphs[best].get("genai", graphs[best]["last"])
+    write_json(folder / "genai_config.json", genai.genai_config(geometry, config, tokens, file, best))
+    manifest = Manifest(
+        name=name,
+        created_by=f"lawcat-edge {_version()}",
+        source=student.source,
+        lawcat=config.to_dict(),
+        geometry=geometry.to_dict(),
+        scheme=options.scheme.name,
+        ops=list(ops),
+        graphs=graphs,
+        state=expected_state(geometry.to_dict(), config.to_dict()),
+        tokens=tokens,
+        min_onnxruntime={op: FLAVOURS[op].min_onnxruntime for op in ops},
+    )
+    write_manifest(folder, manifest)
+    return manifest
+
+
+def _verify(folder: Path, manifest: Manifest, options: ExportOptions) -> dict[str, Agreement | None]:
+    """Agreement of every flavour with the reference; what a device can replay goes into the manifest."""
+    measured: dict[str, Agreement | None] = {}
+    if not options.verify:
+        return measured
+    options.progress("verify", 0, 1)
+    scheme, tokens = options.scheme, sample_tokens(manifest.vocab_size)
+    for flavour in options.ops:
+        parity, measured[flavour] = verify_folder(
+            folder, tokens, options.reference, scheme.max_rel_err, scheme.max_kl, flavour
+        )
+        manifest.parity = manifest.parity or parity
+    save_manifest(folder, manifest)  # the files are those that were described before
+    return measured
 
 
 def _check_layers(layout: Layout) -> None:
@@ -219,13 +229,13 @@ def _write_graphs(
     kinds = {layout.config.full_attention(i) for i in range(layout.geometry.num_layers)}
     layers = {full: trace_layer(layout.geometry, layout.config, full) for full in kinds}
     counts = {}
-    own_graph = genai.needs_own_graph(layout.config)
+    own_graph, best = genai.needs_own_graph(layout.config), ranked(ops)[0]
     for kind in ("last", "all"):
         model = stitch(layout, tensors, layers, all_positions=kind == "all")
         for flavour in ops:
             if flavour != "ort":
                 variant = rewrite(model, flavour, tensors)
-            elif kind == "last" and (own_graph or genai_flavour(ops) != "ort"):
+            elif kind == "last" and (own_graph or best != "ort"):
                 # Not where onnxruntime-genai reads this graph: it takes logits of a free number for all.
                 variant = stitch(layout, tensors, layers, all_positions=False, choosable=True)
             else:
@@ -234,11 +244,10 @@ def _write_graphs(
             nodes = sum((node.name or "").startswith("layers.") for node in variant.graph)
             counts[flavour] = round(nodes / layout.geometry.num_layers, 2)
         if kind == "last" and "portable" in ops:
-            for name, tokens in (("step", 1), ("chunk", CHUNK)):
+            for name, tokens in (("step", 1), ("chunk", PORTABLE_CHUNK)):
                 fixed = fixed_sizes(layout.geometry, layout.config, tokens)
                 ir.save(rewrite(model, "portable", tensors, fixed), folder / graph_files("portable")[name])
     if own_graph:
-        best = genai_flavour(ops)
         interface = genai.GenaiInterface(layout, best)
         model = stitch(layout, tensors, layers, all_positions=False, interface=interface)
         ir.save(model if best == "ort" else rewrite(model, best, tensors), folder / genai.GRAPH)
@@ -250,11 +259,6 @@ def fixed_sizes(geometry: Geometry, config: LawcatConfig, tokens: int) -> dict[s
     spans = expected_spans(geometry.to_dict(), config.to_dict())
     slots = {SLOTS[name]: span.slots(tokens) for name, span in spans.items()}
     return {"B": 1, "T": tokens, **slots, "R": max(tokens, *slots.values(), 1)}
-
-
-def genai_flavour(ops: Sequence[str]) -> str:
-    """The flavour that onnxruntime-genai gets."""
-    return next(op for op in ("ort", "portable", "onnx") if op in ops)
 
 
 def graph_files(flavour: str) -> dict[str, str]:
@@ -274,10 +278,9 @@ def check_adapter(tensors: Mapping[str, np.ndarray], geometry: Geometry, config:
             raise LawcatError(f"The adapter's {name} is {got}, its settings imply {like}; it is damaged.")
 
 
-def sample_tokens(geometry: Geometry, count: int = VERIFY_TOKENS, seed: int = 1) -> list[int]:
-    """Token ids to replay when the caller has no text: random ones."""
-    generator = np.random.default_rng(seed)
-    return [int(t) for t in generator.integers(0, geometry.vocab_size, count)]
+def sample_tokens(vocab_size: int) -> list[int]:
+    """Token ids to replay, the same for every bundle of a vocabulary."""
+    return [int(t) for t in np.random.default_rng(1).integers(0, vocab_size, VERIFY_TOKENS)]
 
 
 def _fingerprint(layout: Layout, source: Mapping[str, Any]) -> str:

@@ -121,13 +121,16 @@ class Layout:
         products.store(writer, spec, "head", rows, *self.shape("head"), self.rounder("head", spec))
 
     def store_layer(self, writer: DataWriter, i: int) -> None:
-        prefix = f"layers.{i}."
+        self.store_products(writer, i)
+        for name, value in self._small(i).items():
+            writer.array(f"layers.{i}.{name}", _exact(np.ascontiguousarray(value, np.float32)))
+
+    def store_products(self, writer: DataWriter, i: int) -> None:
+        """The products of a layer alone, without its small tensors."""
         for product, make in self._products.items():
             spec, shape = self.spec(product, i), self.shape(product, i)
             rounder = self.rounder(f"layers.{i}/{product}", spec)
-            products.store(writer, spec, prefix + product, make(i), *shape, rounder)
-        for name, value in self._small(i).items():
-            writer.array(prefix + name, _exact(np.ascontiguousarray(value, np.float32)))
+            products.store(writer, spec, f"layers.{i}.{product}", make(i), *shape, rounder)
 
     def arrays(self, i: int) -> dict[str, np.ndarray]:
         """All tensors of a layer in float32, as ``step.DecoderLayer.forward`` takes them."""

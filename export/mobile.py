@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from lawcat_edge.runtime.bundle.flavours import FLAVOURS, ranked
 from lawcat_edge.runtime.errors import LawcatError
 
 GRAPH = "model.ort"
@@ -21,10 +22,13 @@ _LIMIT = (2 << 30) - (64 << 20)  # a flatbuffer holds 2 GiB; some is for the gra
 
 def ort_flavour(ops: Sequence[str]) -> str:
     """The flavour that is saved in ORT format; LawcatError where there is none that phones can run."""
-    for flavour in ("ort", "portable"):
-        if flavour in ops:
-            return flavour
-    raise LawcatError("ORT format is made of the operators ort or portable; add one of them with --ops.")
+    able = [name for name in ranked(FLAVOURS) if FLAVOURS[name].phones]
+    found = next((name for name in able if name in ops), None)
+    if found is None:
+        raise LawcatError(
+            f"ORT format is made of the operators {' or '.join(able)}; add one of them with --ops."
+        )
+    return found
 
 
 def write_ort(folder: Path, source: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from lawcat_edge.export import genai
+from lawcat_edge.losses import token_kl
 from lawcat_edge.runtime.bundle.manifest import Bundle, Parity
 from lawcat_edge.runtime.bundle.verify import pieces_for
 from lawcat_edge.runtime.engine.session import Engine
@@ -55,10 +56,9 @@ def compare(reference: np.ndarray, got: np.ndarray) -> Agreement:
     """Both [T,V]."""
     scale = np.abs(reference).max(-1)
     rel_err = float((np.abs(reference - got).max(-1) / scale).max())
-    p, q = _log_softmax(reference), _log_softmax(got)
-    kl = float((np.exp(p) * (p - q)).sum(-1).mean())
+    kl = float(token_kl(reference, got).mean())
     top1 = float((reference.argmax(-1) == got.argmax(-1)).mean())
-    return Agreement(rel_err, max(kl, 0.0), top1)
+    return Agreement(rel_err, kl, top1)
 
 
 def verify_folder(
@@ -128,9 +128,3 @@ def verify_folder(
         bound=bound,
     )
     return parity, agreement
-
-
-def _log_softmax(x: np.ndarray) -> np.ndarray:
-    x = x.astype(np.float64)
-    x -= x.max(-1, keepdims=True)
-    return x - np.log(np.exp(x).sum(-1, keepdims=True))

@@ -6,16 +6,24 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
+from lawcat_edge.runtime.bundle.limits import (
+    LAYER_TYPES,
+    MAX_FEATURES,
+    MAX_LAYERS,
+    MAX_SINKS,
+    MAX_SPAN,
+    MAX_TAPS,
+    MAX_WINDOW,
+    WINDOW_SCALINGS,
+)
 from lawcat_edge.runtime.bundle.span import Span
 from lawcat_edge.runtime.errors import LawcatError
 
 if TYPE_CHECKING:
     from lawcat_edge.families import Geometry
 
-LINEAR, FULL = "linear_attention", "full_attention"  # as transformers writes them in ``layer_types``
-MAX_LAYERS, MAX_SPAN, MAX_SINKS = 1024, 1 << 24, 64
+LINEAR, FULL = LAYER_TYPES
 SINKS = 4  # as many as Xiao et al. (arXiv 2309.17453) found to be enough
-WINDOW_SCALINGS = ("max_score", "softmax")
 
 
 @dataclass(frozen=True)
@@ -51,10 +59,10 @@ class LawcatConfig:
 
     def __post_init__(self) -> None:
         limits = {
-            "conv_kernel": (2, 16),
-            "feature_dim": (1, 1024),
+            "conv_kernel": (2, MAX_TAPS),
+            "feature_dim": (1, MAX_FEATURES),
             "gate_rank": (1, 1024),
-            "window": (0, 8192),
+            "window": (0, MAX_WINDOW),
             "attention_span": (0, MAX_SPAN),
             "attention_sinks": (0, MAX_SINKS),
         }
@@ -157,6 +165,11 @@ class LawcatConfig:
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "layer_types": list(self.layer_types)}
+
+    @classmethod
+    def for_geometry(cls, geometry: Geometry, **settings: Any) -> LawcatConfig:
+        """The untrained student of a teacher: features half as wide as a head unless told otherwise."""
+        return cls(**{"feature_dim": geometry.head_dim // 2, **settings})
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> LawcatConfig:

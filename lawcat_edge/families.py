@@ -6,16 +6,16 @@ under rotary embedding, and its MLP is SwiGLU behind RMSNorm. Anything else is r
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
 
+from lawcat_edge.runtime.bundle.limits import GEOMETRY
+from lawcat_edge.runtime.engine.rotary import ROPE_TYPES, UnknownScalingError, scaled_frequencies
 from lawcat_edge.runtime.errors import LawcatError
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-ROPE_TYPES = ("default", "linear", "llama3")
 
 
 @dataclass(frozen=True)
@@ -51,16 +51,7 @@ class Geometry:
             raise LawcatError(
                 f"The {self.family!r} family is not supported; take a teacher of {', '.join(FAMILIES)}."
             )
-        limits = {
-            "hidden_size": 1 << 17,
-            "num_layers": 1024,
-            "num_heads": 1024,
-            "num_kv_heads": 1024,
-            "head_dim": 4096,
-            "intermediate_size": 1 << 20,
-            "vocab_size": 1 << 21,
-            "max_positions": 1 << 31,
-        }
+        limits = {**GEOMETRY, "intermediate_size": 1 << 20, "max_positions": 1 << 31}
         for name, high in limits.items():
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value <= high:
@@ -110,29 +101,13 @@ class Geometry:
 
     def inv_freq(self) -> np.ndarray:
         """Rotary frequencies, radians per token, float64 [head_dim / 2], as transformers defines them."""
-        freq = self.rope_theta ** -(np.arange(0, self.head_dim, 2, dtype=np.float64) / self.head_dim)
         scaling = self.rope_scaling
-        if scaling is None:
-            return freq
-        kind = scaling.get("rope_type") if isinstance(scaling, dict) else scaling
-        if kind not in ROPE_TYPES:
-            raise LawcatError(
-                f"Rope scaling {kind!r} is not supported; take a teacher with {', '.join(ROPE_TYPES)}."
-            )
-        if kind == "default":
-            return freq
         try:
-            factor = float(scaling["factor"])
-            if kind == "linear":
-                return _finite(freq * (1 / factor))
-            low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
-            old = float(scaling["original_max_position_embeddings"])
-            if not min(factor, low, old, high - low) > 0:  # so that a NaN fails too
-                raise ValueError
-            # llama3: slow waves are stretched by the factor, fast ones kept, those between interpolated
-            turns = old * freq / (2 * math.pi)
-            smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
-            return _finite((1 - smooth) * freq / factor + smooth * freq)
+            return scaled_frequencies(self.head_dim, self.rope_theta, scaling)
+        except UnknownScalingError as error:
+            raise LawcatError(
+                f"Rope scaling {error.kind!r} is not supported; take a teacher with {', '.join(ROPE_TYPES)}."
+            ) from None
         except (KeyError, TypeError, ValueError, ZeroDivisionError):
             raise LawcatError(
                 f"Rope scaling {scaling!r} is incomplete or wrong; check config.json."
@@ -207,12 +182,6 @@ class Geometry:
             raise LawcatError(f"config.json has no {missing}; the teacher's folder is incomplete.") from None
         except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
             raise LawcatError(f"config.json holds a wrong value ({error}); get the model anew.") from None
-
-
-def _finite(freq: np.ndarray) -> np.ndarray:
-    if not (np.abs(freq) <= 1e4).all():
-        raise ValueError
-    return freq
 
 
 def _own_window(family: str, data: dict[str, Any]) -> int | None:

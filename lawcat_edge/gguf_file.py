@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from lawcat_edge.families import FAMILIES
+from lawcat_edge.runtime.engine.rotary import scaled_frequencies
 from lawcat_edge.runtime.errors import LawcatError
 
 SIZES = (
@@ -236,7 +237,7 @@ def _factors(file: Path, factors: np.ndarray, theta: float, d: int) -> dict[str,
     Llama 3 keeps fast waves (factor 1), stretches slow ones by ``factor``, and goes linearly in the frequency
     from one to the other. The published parameters are tried first, else that line is fitted.
     """
-    frequencies = theta ** -(np.arange(0, d, 2) / d)
+    frequencies = scaled_frequencies(d, theta, None)
     usable = np.isfinite(factors).all() and (factors >= 1 - 1e-5).all()
     largest = float(factors.max()) if usable else math.nan
     if usable and np.allclose(factors, 1, rtol=0, atol=1e-5):
@@ -259,10 +260,12 @@ def _factors(file: Path, factors: np.ndarray, theta: float, d: int) -> dict[str,
                 }
             )
     for values in candidates:
-        low, high = values["low_freq_factor"], values["high_freq_factor"]
-        turns = values["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-        smooth = np.clip((turns - low) / (high - low), 0, 1)
-        if np.allclose(1 / factors, (1 - smooth) / largest + smooth, rtol=1e-4):
+        scaling = {"rope_type": "llama3", "factor": largest, **values}
+        try:
+            stretched = frequencies / scaled_frequencies(d, theta, scaling)
+        except ValueError:  # a fitted line that is none of Llama 3
+            continue
+        if np.allclose(factors, stretched, rtol=1e-4):
             return {"rope_type": "llama3", "factor": round(largest, 4), **values}
     raise LawcatError(
         f"{file}: rope_freqs.weight holds factors that are not those of Llama 3's rotary embedding; take "

@@ -244,7 +244,7 @@ def load_student(
     if adapter is not None:
         adapter.check_teacher(teacher)
         config = adapter.config
-    config = config or LawcatConfig(feature_dim=teacher.geometry.head_dim // 2)
+    config = config or LawcatConfig.for_geometry(teacher.geometry)
     hf_model = teacher.load_model()
     model = LawcatModel(hf_model, teacher.geometry, config, backend, seed)
     if adapter is not None:

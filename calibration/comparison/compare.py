@@ -1,4 +1,4 @@
-"""Accuracy against size: export each scheme of one adapter, measure each, and put them in one table.
+"""Accuracy against size: plan -> bundle -> measure -> row -> report, one row after another.
 
     OUT/bundles/SCHEME/      the bundle of a scheme (used again for the same teacher, adapter and table)
     OUT/bundles/SCHEME.json  what it was exported from
@@ -11,257 +11,243 @@ then say what quantisation costs, and nothing else. How far the student is from 
 
 from __future__ import annotations
 
+import functools
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import onnxruntime
 
 from lawcat_edge import __version__
-from lawcat_edge.adapter import Adapter
+from lawcat_edge.calibration import TOKENS
 from lawcat_edge.calibration.calibrate import Calibration
 from lawcat_edge.calibration.comparison import measure, peers
-from lawcat_edge.calibration.comparison.bundles import Bundles
-from lawcat_edge.calibration.comparison.divergence import Losses, text_losses
+from lawcat_edge.calibration.comparison.bundles import bundle_folder, export_scheme
+from lawcat_edge.calibration.comparison.plan import REFERENCE, Planned, plan
 from lawcat_edge.calibration.comparison.rows import Row, file_name, key_of
 from lawcat_edge.calibration.comparison.settings import Settings, Texts
-from lawcat_edge.config import LawcatConfig
-from lawcat_edge.evaluate.lm import LanguageModel
+from lawcat_edge.calibration.comparison.subjects import BundleSubject, GgufSubject, Subject, TeacherSubject
 from lawcat_edge.export.schemes import SCHEMES
+from lawcat_edge.progress import Progress
 from lawcat_edge.runtime.engine.processor import physical_cores
 from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.runtime.files import FileLock, sha256_file
-from lawcat_edge.teacher import Teacher
+from lawcat_edge.student import Student
 from lawcat_edge.weights import weight_files
 
 PARTS = ("export", "accuracy", "drift", "tasks", "speed")
-Progress = Callable[[str, str, int, int], None]
+RowProgress = Callable[[str, str, int, int], None]
 """(row, what, done, total)"""
 
 
+@dataclass(frozen=True)
 class Comparison:
-    """One run. ``run`` returns the report; every row that fails has its errors in it, the others go on."""
+    """What is compared, on which text, and where to. It holds what was given, and does nothing by itself."""
 
-    def __init__(
-        self,
-        teacher: Teacher,
-        adapter: Adapter | None,
+    student: Student
+    texts: Texts
+    out: Path
+    settings: Settings
+    calibration: Calibration
+    resume: bool = True
+    gguf: Path | None = None
+    progress: RowProgress = field(default=lambda row, what, done, total: None)
+
+    @classmethod
+    def of(
+        cls,
+        student: Student,
         files: Sequence[Path | str],
         out: Path,
         settings: Settings,
-        progress: Progress = lambda row, what, done, total: None,
-        resume: bool = True,
-        gguf: Path | None = None,
         calibration: Sequence[str] = (),
-    ) -> None:
+        calibration_tokens: int = TOKENS,
+        **options: Any,
+    ) -> Comparison:
+        """files: the held-out text. calibration: text for the schemes that want some; without any, the
+        teacher writes it. options: resume, gguf, progress. Raises LawcatError for too little text."""
         settings.check()
-        if adapter is not None:
-            adapter.check_teacher(teacher)
-        self.teacher, self.adapter, self.out = teacher, adapter, Path(out)
         # one number of threads for all rows, or their speeds could not be compared
-        self.settings = replace(settings, threads=settings.threads or physical_cores())
-        self.progress, self.resume, self.gguf = progress, resume, gguf
-        self.config = (
-            adapter.config
-            if adapter is not None
-            else LawcatConfig(feature_dim=teacher.geometry.head_dim // 2)
-        )
-        self.texts = Texts([str(name) for name in files], teacher.tokenizer_path, self.settings)
-        threads = self.settings.threads
+        settings = replace(settings, threads=settings.threads or physical_cores())
+        texts = Texts([str(name) for name in files], student.teacher.tokenizer_path, settings)
         calibrated = Calibration(
-            teacher, adapter, self.config, self.out / "calibration", calibration, threads=threads
+            student,
+            out / "calibration",
+            calibration,
+            calibration_tokens,
+            threads=settings.threads,
+            plain=bundle_folder(out, REFERENCE),
         )
-        self.bundles = Bundles(
-            teacher, adapter, self.config, self.out / "bundles", resume, threads, calibrated
-        )
-        self._teacher: LanguageModel | None = None
-
-    # -- the run ---------------------------------------------------------------------------------------------
-
-    def run(self, schemes: Sequence[str], with_peers: bool = True) -> dict[str, Any]:
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.out):  # two comparisons in one folder would take each other's rows
-            return self._run(schemes, with_peers)
-
-    def _run(self, schemes: Sequence[str], with_peers: bool) -> dict[str, Any]:
-        began = time.perf_counter()
-        names = ["fp32", *(name for name in dict.fromkeys(schemes) if name != "fp32")]
-        rows = [self._scheme_row(name) for name in names]
-        apart = None
-        if with_peers:
-            rows.append(self._teacher_row())
-            apart = rows[-1].parts.get("student", {}).get("result")
-            rows += [self._gguf_row(name) for name in peers.gguf_rows(self.teacher.name)]
-        self._teacher = None
-        return {
-            "format": 1,
-            "created_by": f"lawcat-edge {__version__}",
-            "onnxruntime": onnxruntime.__version__,
-            "machine": _processor(),
-            "teacher": self.teacher.name,
-            "teacher_sha256": self.teacher.sha256,
-            "adapter_sha256": self.adapter.sha256 if self.adapter is not None else None,
-            "text": self.texts.names,
-            "settings": asdict(self.settings),
-            "student_from_teacher": apart,
-            "rows": [row.to_dict() for row in rows],
-            "seconds": round(time.perf_counter() - began, 2),
-        }
-
-    def fp32_bytes(self) -> int:
-        """Of the fp32 bundle, which is exported where it is not there yet."""
-        row = self.row("fp32", "scheme")
-        made = self.bundles.export(row, "fp32", self.shown(row))
-        if made is None:
-            raise LawcatError(row.errors["export"])
-        return int(made["bytes"])
+        return cls(student, texts, out, settings, calibrated, **options)
 
     def row(self, name: str, kind: str) -> Row:
         (self.out / "rows").mkdir(parents=True, exist_ok=True)
         return Row(self.out / "rows" / f"{file_name(name)}.json", name, kind, self.resume)
 
-    def _scheme_row(self, name: str) -> Row:
-        shown = name if name in SCHEMES else Path(name).stem
-        row = self.row(f"{shown}-file" if shown in SCHEMES and name not in SCHEMES else shown, "scheme")
-        made = self.bundles.export(row, name, self.shown(row))
-        if made is None:
-            row.keep(["export"])
-            if name == "fp32":
-                raise LawcatError(
-                    f"The fp32 bundle is what all others are held against: {row.errors['export']}"
-                )
-            return row
-        self._measure(
-            row,
-            key=[made["bundle_sha256"], self.bundles.sha256("fp32")],
-            open_model=lambda: self.bundles.open(row.name),
-            reference=None if row.name == "fp32" else lambda: self.bundles.open("fp32"),
-            speed=lambda context, decode, threads: measure.bundle_speed(
-                str(self.bundles.folder(row.name)), context, decode, threads
-            ),
-        )
-        row.keep(list(PARTS))
-        if row.name != "fp32":
-            self.bundles.close(row.name)
-        return row
+    def shown(self, row: Row) -> Progress:
+        return functools.partial(self.progress, row.name)
 
-    def _measure(
-        self,
-        row: Row,
-        key: Any,
-        open_model: Callable[[], LanguageModel],
-        reference: Callable[[], LanguageModel] | None,
-        speed: Callable[[int, int, int | None], dict[str, Any]],
-        with_drift: bool = True,
-    ) -> None:
-        s, show = self.settings, self.shown(row)
 
-        def other() -> LanguageModel | None:
-            return reference() if reference is not None else None
+def compare(job: Comparison, schemes: Sequence[str], with_peers: bool = True) -> dict[str, Any]:
+    """The report. Every row that fails has its errors in it, and the others go on.
 
-        texts = key_of([self.texts.rows.tolist(), s.threads])
+    Raises LawcatError when there is no fp32 bundle, which all others are held against.
+    """
+    job.out.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(job.out):  # two comparisons in one folder would take each other's rows
+        began = time.perf_counter()
+        rows = _rows(job, plan(schemes, job.student.teacher.name, with_peers))
+        return _report(job, rows, time.perf_counter() - began)
+
+
+def fp32_bytes(job: Comparison) -> int:
+    """Of the fp32 bundle, which is exported where it is not there yet."""
+    row = job.row(REFERENCE, "scheme")
+    made = _exported(job, row, Planned(REFERENCE, "scheme", SCHEMES[REFERENCE]))
+    if made is None:
+        raise LawcatError(row.errors["export"])
+    return int(made["bytes"])
+
+
+def _rows(job: Comparison, planned: Sequence[Planned]) -> list[Row]:
+    """Export and measure what is planned, fp32 first: the others are held against it."""
+    rows: list[Row] = []
+    student: Subject | None = None  # the fp32 bundle
+    teacher = TeacherSubject(job.student.teacher)
+    for entry in planned:
+        row = job.row(entry.name, entry.kind)
+        if entry.kind == "scheme":
+            subject = _scheme(job, row, entry, student)
+            if entry.name == REFERENCE:
+                if subject is None:
+                    said = row.errors["export"]
+                    raise LawcatError(f"The fp32 bundle is what all others are held against: {said}")
+                student = subject
+            elif subject is not None:
+                subject.close()
+        elif entry.kind == "teacher":
+            assert student is not None
+            _teacher(job, row, teacher, student)
+            student.close()
+        else:
+            _gguf(job, row, teacher)
+        rows.append(row)
+    return rows
+
+
+def _scheme(job: Comparison, row: Row, entry: Planned, reference: Subject | None) -> Subject | None:
+    """Measure a scheme's bundle, which comes back; None where it could not be exported."""
+    if _exported(job, row, entry) is None:
+        row.keep(["export"])
+        return None
+    subject = BundleSubject(bundle_folder(job.out, entry.name), job.settings.threads)
+    identity = [subject.identity, reference.identity if reference is not None else subject.identity]
+    _measure(job, row, identity, subject, reference)
+    row.keep(list(PARTS))
+    return subject
+
+
+def _exported(job: Comparison, row: Row, entry: Planned) -> dict[str, Any] | None:
+    if entry.scheme is None:
+        row.parts = {"export": {"key": "", "seconds": 0.0, "error": entry.error}}
+        return None
+    folder = bundle_folder(job.out, entry.name)
+    return export_scheme(row, entry.scheme, job.student, folder, job.calibration, job.shown(row), job.resume)
+
+
+def _teacher(job: Comparison, row: Row, teacher: Subject, student: Subject) -> None:
+    """The teacher in torch; and how far the fp32 student is from it: what distillation left to learn."""
+    weights = sum(path.stat().st_size for path in weight_files(job.student.teacher.folder)[0])
+    row.measure("export", teacher.identity, functools.partial(dict, bytes=weights, weight_bytes=weights))
+    _measure(job, row, teacher.identity, teacher, None)
+    key = key_of(teacher.identity, student.identity, job.texts.rows.tolist())
+    work = functools.partial(
+        measure.accuracy, student, teacher, job.texts.rows, job.shown(row), what="student"
+    )
+    row.measure("student", key, work)
+    row.keep([*PARTS, "student"])
+
+
+def _gguf(job: Comparison, row: Row, teacher: Subject) -> None:
+    """No drift: the teacher's cache grows with the text, and llama.cpp would keep all logits of it."""
+    settings, source = job.settings, job.student.teacher
+    row.parts.pop("export", None)
+    key = key_of(source.sha256, str(job.gguf))
+    made = row.measure("export", key, functools.partial(_gguf_sizes, job, row.name))
+    if made is None:
+        row.keep(["export"])
+        return
+    file = _gguf_file(job, row.name)  # there by now
+    room = max(settings.length, *settings.task_lengths, 1) + 512  # a prompt and its answer
+    subject = GgufSubject(file, made["sha256"], source, room, settings.threads)
+    _measure(job, row, [subject.identity, teacher.identity], subject, teacher, with_drift=False)
+    row.keep(list(PARTS))
+
+
+def _gguf_sizes(job: Comparison, name: str) -> dict[str, Any]:
+    peers.need_llama_cpp()
+    file = _gguf_file(job, name)
+    size = file.stat().st_size
+    return {"bytes": size, "weight_bytes": size, "sha256": sha256_file(file)}
+
+
+def _gguf_file(job: Comparison, name: str) -> Path:
+    source = peers.teacher_gguf(job.student.teacher.name, job.gguf)
+    return peers.requantise(source, job.out / "gguf", name, job.settings.threads)
+
+
+def _measure(
+    job: Comparison,
+    row: Row,
+    identity: Any,
+    subject: Subject,
+    reference: Subject | None,
+    with_drift: bool = True,
+) -> None:
+    """Accuracy, drift, tasks and speed of a subject, each kept under a key of all that it depends on."""
+    s, texts, show = job.settings, job.texts, job.shown(row)
+    row.measure(
+        "accuracy",
+        key_of(identity, key_of([texts.rows.tolist(), s.threads])),
+        functools.partial(measure.accuracy, subject, reference, texts.rows, show),
+    )
+    if with_drift:
         row.measure(
-            "accuracy",
-            key_of(key, texts),
-            lambda: measure.accuracy(open_model(), other(), self.texts.rows, show),
+            "drift",
+            key_of(identity, texts.long.tolist(), s.threads),
+            functools.partial(measure.drift, subject, reference, texts.long, show),
         )
-        if with_drift:
-            row.measure(
-                "drift",
-                key_of(key, self.texts.long.tolist(), s.threads),
-                lambda: measure.drift(open_model(), other(), self.texts.long, show),
-            )
-        row.measure(
-            "tasks",
-            key_of(key, s.task_lengths, s.task_samples, s.seed, s.threads),
-            lambda: measure.tasks(open_model(), s.task_lengths, s.task_samples, s.seed, show),
-        )
+    row.measure(
+        "tasks",
+        key_of(identity, s.task_lengths, s.task_samples, s.seed, s.threads),
+        functools.partial(measure.tasks, subject, s.task_lengths, s.task_samples, s.seed, show),
+    )
+    row.measure(
+        "speed",
+        key_of(identity, s.context, s.decode_tokens, s.threads),
+        functools.partial(measure.speed, subject, s.context, s.decode_tokens, s.threads, show),
+    )
 
-        def timed() -> dict[str, Any]:
-            show("speed", 0, 1)
-            found = speed(s.context, s.decode_tokens, s.threads)
-            show("speed", 1, 1)
-            return found
 
-        row.measure("speed", key_of(key, s.context, s.decode_tokens, s.threads), timed)
-
-    def shown(self, row: Row) -> measure.Progress:
-        return lambda what, done, total: self.progress(row.name, what, done, total)
-
-    # -- the teacher -----------------------------------------------------------------------------------------
-
-    def _teacher_row(self) -> Row:
-        row = self.row("teacher-fp32", "teacher")
-        key = self.teacher.sha256
-        weights = sum(path.stat().st_size for path in weight_files(self.teacher.folder)[0])
-        row.measure("export", key, lambda: {"bytes": weights, "weight_bytes": weights})
-        self._measure(
-            row,
-            key=key,
-            open_model=self._torch_teacher,
-            reference=None,
-            speed=lambda *sizes: peers.peer_speed("torch", self.teacher.folder, *sizes),
-        )
-        student = self.bundles.sha256("fp32")
-        student_key = key_of(key, student, self.texts.rows.tolist())
-        row.measure("student", student_key, lambda: self._apart(self.shown(row)))
-        self.bundles.close("fp32")
-        row.keep([*PARTS, "student"])
-        return row
-
-    def _torch_teacher(self) -> LanguageModel:
-        from lawcat_edge.evaluate.torch_lm import TeacherModel
-
-        if self._teacher is None:
-            self._teacher = TeacherModel.load(self.teacher, device="cpu")
-        return self._teacher
-
-    def _apart(self, show: measure.Progress) -> dict[str, Any]:
-        """KL(teacher ‖ fp32 student) on the same text: what distillation left to learn."""
-        student, teacher = self.bundles.open("fp32"), self._torch_teacher()
-        count = measure.Counter("student", self.texts.rows.size - len(self.texts.rows), show)
-        parts = [text_losses(student, teacher, row, progress=count) for row in self.texts.rows]
-        return measure.summary(Losses.join(parts))
-
-    def _gguf_row(self, name: str) -> Row:
-        """No drift: the teacher's cache grows with the text, and llama.cpp would keep all logits of it."""
-        row = self.row(name, "gguf")
-        s = self.settings
-        paths: list[Path] = []
-
-        def make() -> dict[str, Any]:
-            peers.need_llama_cpp()
-            source = peers.teacher_gguf(self.teacher.name, self.gguf)
-            paths.append(peers.requantise(source, self.out / "gguf", name, s.threads))
-            size = paths[0].stat().st_size
-            return {"bytes": size, "weight_bytes": size, "sha256": sha256_file(paths[0])}
-
-        row.parts.pop("export", None)
-        made = row.measure("export", key_of(self.teacher.sha256, str(self.gguf)), make)
-        if made is None:
-            row.keep(["export"])
-            return row
-        room = max(s.length, *s.task_lengths, 1) + 512  # a prompt and its answer
-        opened: list[LanguageModel] = []
-
-        def model() -> LanguageModel:
-            if not opened:
-                opened.append(peers.GgufModel(paths[0], self.teacher.tokenizer_path, room, s.threads))
-            return opened[0]
-
-        self._measure(
-            row,
-            key=[made["sha256"], self.teacher.sha256],
-            open_model=model,
-            reference=self._torch_teacher,
-            speed=lambda *sizes: peers.peer_speed("gguf", paths[0], *sizes),
-            with_drift=False,
-        )
-        row.keep(list(PARTS))
-        return row
+def _report(job: Comparison, rows: Sequence[Row], seconds: float) -> dict[str, Any]:
+    teacher = next((row for row in rows if row.kind == "teacher"), None)
+    return {
+        "format": 1,
+        "created_by": f"lawcat-edge {__version__}",
+        "onnxruntime": onnxruntime.__version__,
+        "machine": _processor(),
+        "teacher": job.student.teacher.name,
+        "teacher_sha256": job.student.teacher.sha256,
+        "adapter_sha256": job.student.adapter_sha256,
+        "text": job.texts.names,
+        "settings": asdict(job.settings),
+        "student_from_teacher": None if teacher is None else teacher.parts.get("student", {}).get("result"),
+        "rows": [row.to_dict() for row in rows],
+        "seconds": round(seconds, 2),
+    }
 
 
 def _processor() -> str:

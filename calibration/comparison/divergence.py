@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from lawcat_edge.evaluate.lm import LanguageModel, to_numpy
+from lawcat_edge.evaluate.lm import LanguageModel
+from lawcat_edge.losses import to_numpy, token_kl, token_nll
 from lawcat_edge.runtime.errors import LawcatError
 
 CHUNK = 256
 """Positions whose logits exist at once: 50 MB for each model at a vocabulary of 49,152."""
-_ROWS = 16  # of logits in the working buffers, which then stay in the cache
 
 
 @dataclass(frozen=True)
@@ -41,42 +41,6 @@ class Losses:
         if len(pairs) < len(parts):
             return cls(nll)
         return cls(nll, np.concatenate([kl for kl, _ in pairs]), np.concatenate([same for _, same in pairs]))
-
-
-def token_nll(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """−log p(target) of logits [n,V] and ids [n]: float64 [n]."""
-    found = np.empty(len(logits))
-    for at in range(0, len(logits), _ROWS):
-        block = logits[at : at + _ROWS]
-        top = block.max(-1, keepdims=True)
-        total = np.exp(block - top).sum(-1, dtype=np.float64)
-        chosen = np.take_along_axis(block, targets[at : at + _ROWS, None].astype(np.int64), -1)
-        found[at : at + _ROWS] = np.log(total) - (chosen - top)[:, 0].astype(np.float64)
-    return found
-
-
-def token_kl(reference: np.ndarray, logits: np.ndarray) -> np.ndarray:
-    """KL(reference ‖ logits) of two arrays of logits [n,V]: float64 [n], never negative.
-
-    With p the reference's probabilities and e the difference logits − reference less its mean under p, this
-    is log Σ p exp(e) = log(1 + Σ p (exp(e) − 1 − e)), the mean of e being zero: all terms are positive, so
-    that small values stay exact in float32.
-    """
-    found = np.empty(len(logits))
-    for at in range(0, len(logits), _ROWS):
-        known, mine = reference[at : at + _ROWS], logits[at : at + _ROWS]
-        p, e = _centred(known, mine)
-        if e.max() > 80:  # float32 would overflow
-            p, e = _centred(known.astype(np.float64), mine.astype(np.float64))
-        found[at : at + _ROWS] = np.log1p((p * (np.expm1(e) - e)).sum(-1, dtype=np.float64))
-    return np.maximum(found, 0.0)
-
-
-def _centred(known: np.ndarray, mine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    p = np.exp(known - known.max(-1, keepdims=True))
-    p /= p.sum(-1, dtype=np.float64, keepdims=True).astype(p.dtype)
-    e = mine - known
-    return p, e - (p * e).sum(-1, dtype=np.float64, keepdims=True).astype(e.dtype)
 
 
 def text_losses(

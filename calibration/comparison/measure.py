@@ -8,8 +8,8 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -17,20 +17,39 @@ from lawcat_edge.calibration.comparison.divergence import Losses, text_losses
 from lawcat_edge.data.tasks.prompts import wilson
 from lawcat_edge.evaluate.lm import LanguageModel
 from lawcat_edge.evaluate.run import run_task
+from lawcat_edge.progress import Progress
 from lawcat_edge.runtime.errors import LawcatError
 
 BUCKETS = 8
 TASKS = ("passkey", "niah-1")
-Progress = Callable[[str, int, int], None]
-"""(what, done, total)"""
+
+
+class Readable(Protocol):
+    """What is measured (``subjects``): opened when its model is first asked for."""
+
+    @property
+    def model(self) -> LanguageModel: ...
+
+    def speed(self, context: int, decode_tokens: int, threads: int | None) -> dict[str, Any]: ...
 
 
 def accuracy(
-    model: LanguageModel, reference: LanguageModel | None, rows: np.ndarray, progress: Progress
+    subject: Readable,
+    reference: Readable | None,
+    rows: np.ndarray,
+    progress: Progress,
+    what: str = "accuracy",
 ) -> dict[str, Any]:
     """Perplexity over sequences [n,T], each from an empty state; KL and agreement with a reference."""
-    count = Counter("accuracy", rows.size - len(rows), progress)
-    return summary(Losses.join([text_losses(model, reference, row, progress=count) for row in rows]))
+    return summary(Losses.join(_losses(subject, reference, rows, progress, what)))
+
+
+def _losses(
+    subject: Readable, reference: Readable | None, rows: np.ndarray, progress: Progress, what: str
+) -> list[Losses]:
+    other = reference.model if reference is not None else None
+    count = Counter(what, rows.size - len(rows), progress)
+    return [text_losses(subject.model, other, row, progress=count) for row in rows]
 
 
 def summary(losses: Losses) -> dict[str, Any]:
@@ -48,14 +67,13 @@ def summary(losses: Losses) -> dict[str, Any]:
 
 
 def drift(
-    model: LanguageModel, reference: LanguageModel | None, rows: np.ndarray, progress: Progress
+    subject: Readable, reference: Readable | None, rows: np.ndarray, progress: Progress
 ) -> dict[str, Any]:
     """Texts [n,T], each read in one go, in ``BUCKETS`` equal parts: does the error grow with the state?
 
     ratio: mean KL of the last part over that of the first; None without a reference.
     """
-    count = Counter("drift", rows.size - len(rows), progress)
-    texts = [text_losses(model, reference, row, progress=count) for row in rows]
+    texts = _losses(subject, reference, rows, progress, "drift")
     edges = np.linspace(0, rows.shape[1] - 1, BUCKETS + 1).astype(int)
     buckets = []
     for begin, end in itertools.pairwise(edges):
@@ -66,7 +84,7 @@ def drift(
 
 
 def tasks(
-    model: LanguageModel, lengths: Sequence[int], samples: int, seed: int, progress: Progress
+    subject: Readable, lengths: Sequence[int], samples: int, seed: int, progress: Progress
 ) -> dict[str, Any]:
     """Retrieval accuracy with its 95 % interval, over all lengths and by length."""
     found: dict[str, Any] = {}
@@ -76,7 +94,7 @@ def tasks(
     for task in TASKS:
         cells = []
         for length in lengths:
-            report = run_task(model, task, [length], samples, seed=seed)
+            report = run_task(subject.model, task, [length], samples, seed=seed)
             cells += report.by_length()
             done += 1
             progress("tasks", done, total)
@@ -92,6 +110,16 @@ def tasks(
                 {"length": cell.length, "correct": cell.correct, "asked": cell.n} for cell in cells
             ],
         }
+    return found
+
+
+def speed(
+    subject: Readable, context: int, decode_tokens: int, threads: int | None, progress: Progress
+) -> dict[str, Any]:
+    """Tokens/s of reading ``context`` tokens and of writing ``decode_tokens``, and peak memory."""
+    progress("speed", 0, 1)
+    found = subject.speed(context, decode_tokens, threads)
+    progress("speed", 1, 1)
     return found
 
 

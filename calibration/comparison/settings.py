@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from lawcat_edge.calibration.comparison.measure import BUCKETS, TASKS
-from lawcat_edge.data.readers import expand
+from lawcat_edge.calibration.texts import spread
 from lawcat_edge.data.tasks.filler import Encoder
 from lawcat_edge.evaluate.lm import load_tokenizer
-from lawcat_edge.evaluate.perplexity import text_sequences
 from lawcat_edge.evaluate.run import cell_prompts
 from lawcat_edge.runtime.errors import LawcatError
 
@@ -54,7 +50,7 @@ class Texts:
     """
 
     def __init__(self, files: list[str], tokenizer_path: Path, settings: Settings) -> None:
-        tokenizer: Any = Named(load_tokenizer(tokenizer_path))
+        tokenizer = load_tokenizer(tokenizer_path)
         self.names = [Path(name).name for name in files]
         self.rows = spread(files, tokenizer, settings.length, settings.samples)
         try:
@@ -67,32 +63,7 @@ class Texts:
         for task in TASKS:
             for size in settings.task_lengths:
                 try:
-                    cell_prompts(task, Encoder(tokenizer.tokenizer), None, size, 1, seed=settings.seed)
+                    cell_prompts(task, Encoder(tokenizer), None, size, 1, seed=settings.seed)
                 except LawcatError as error:
                     said = str(error).rstrip(".")
                     raise LawcatError(f"{said}; --task-lengths {size:,} is too short for {task}.") from error
-
-
-def spread(names: list[str], tokenizer: Any, length: int, samples: int) -> np.ndarray:
-    """``samples`` sequences of ``length`` ids, as many from each file: int32 [≤samples,length].
-
-    One domain alone says little of another, and the first file may be long enough for all. A file that is too
-    short for a sequence is left out; LawcatError when that leaves none.
-    """
-    files = expand(names)[:samples]
-    share = -(-samples // len(files))
-    found = []
-    for k, file in enumerate(files):
-        try:
-            found.append(text_sequences([file], tokenizer, length, share))
-        except LawcatError:
-            if not found and k + 1 == len(files):
-                raise
-    return np.concatenate(found)[:samples]
-
-
-@dataclass(frozen=True)
-class Named:
-    """A tokenizer where a model is asked for."""
-
-    tokenizer: Any

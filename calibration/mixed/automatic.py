@@ -8,10 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lawcat_edge.calibration.comparison.compare import Comparison
+from lawcat_edge.calibration.comparison.compare import Comparison, fp32_bytes
 from lawcat_edge.calibration.comparison.rows import key_of
 from lawcat_edge.calibration.mixed import search, sensitivity
-from lawcat_edge.calibration.mixed.simulate import Simulated
+from lawcat_edge.calibration.mixed.bench import FP32, Bench
 from lawcat_edge.export.schemes import SCHEMES, Scheme
 from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.runtime.files import atomic_file, write_json, write_text
@@ -20,67 +20,40 @@ SEQUENCES, TOKENS = 2, 512  # that each part is measured on, at most
 ROTATE = True  # in the basis that the 8-bit schemes are in: rounding costs less there
 
 
-class Automatic:
-    """Measures once, chooses as often as asked."""
+def choose_schemes(job: Comparison, max_kl: float | None, max_mb: float | None) -> list[str]:
+    """Measure the sensitivities, and choose: the smallest scheme with KL ≤ max_kl, the best under max_mb (of
+    the whole bundle); the files of these schemes."""
+    row = job.row("sensitivity", "sensitivity")
+    ids, threads = job.texts.rows[:SEQUENCES, :TOKENS], job.settings.threads
+    bench = Bench(job.student, job.out / "bench", ids, sensitivity.CHOICES, ROTATE, threads, job.shown(row))
+    base, layers = bench.uniform(FP32), job.student.geometry.num_layers
+    key = key_of(job.student.source, job.student.config.to_dict(), ids.tolist())
+    found = sensitivity.sensitivity(bench.kl, base, layers, row, key, job.shown(row))
+    _write(job.out, found)
+    sizes = search.Sizes.of_bundle(job.student.geometry, job.student.config, SCHEMES["fp32"], fp32_bytes(job))
+    chosen: list[Scheme] = []
+    if max_kl is not None:
+        chosen.append(search.smallest(found["kinds"], sizes, max_kl, ROTATE, bench.kl))
+    if max_mb is not None:
+        chosen.append(search.best_under(found["kinds"], sizes, int(max_mb * 1e6), ROTATE))
+    bench.remove()
+    return [str(_scheme_file(job.out, scheme)) for scheme in chosen]
 
-    def __init__(self, run: Comparison) -> None:
-        self.run, self.out = run, run.out
-        self.ids = run.texts.rows[:SEQUENCES, :TOKENS]
-        self._simulated: Simulated | None = None
-        self._text: sensitivity.Text | None = None
 
-    def measure(self) -> dict[str, Any]:
-        """The sensitivities (see ``sensitivity``), written to OUT as well."""
-        run = self.run
-        adapter = run.adapter.sha256 if run.adapter is not None else None
-        key = key_of(run.teacher.sha256, adapter, run.config.to_dict(), ROTATE)
-        row = run.row("sensitivity", "sensitivity")
-        layers = run.teacher.geometry.num_layers
-        show = run.shown(row)
-        found = sensitivity.sensitivity(self._make, layers, self.ids, row, key, show)
-        write_json(self.out / "sensitivity.json", {"format": 1, "tokens": int(self.ids.size), **found})
-        write_text(self.out / "sensitivity.md", sensitivity.markdown(found))
-        try:
-            image = sensitivity.draw(found)
-        except LawcatError:  # no matplotlib: the table says the same
-            return found
-        with atomic_file(self.out / "sensitivity.png") as file:
-            file.write(image)
-        return found
+def _write(out: Path, found: dict[str, Any]) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "sensitivity.json", {"format": 1, **found})
+    write_text(out / "sensitivity.md", sensitivity.markdown(found))
+    try:
+        image = sensitivity.draw(found)
+    except LawcatError:  # no matplotlib: the table says the same
+        return
+    with atomic_file(out / "sensitivity.png") as file:
+        file.write(image)
 
-    def choose(self, max_kl: float | None, max_mb: float | None) -> list[str]:
-        """Scheme files: the smallest with KL ≤ max_kl, the best under max_mb (of the whole bundle)."""
-        kinds, g = self.measure()["kinds"], self.run.teacher.geometry
-        fp32 = self.run.fp32_bytes()
-        sizes = search.Sizes.of_bundle(g, self.run.config, SCHEMES["fp32"], fp32)
-        chosen = []
-        if max_kl is not None:
-            chosen.append(search.smallest(kinds, sizes, max_kl, ROTATE, self._kl))
-        if max_mb is not None:
-            chosen.append(search.best_under(kinds, sizes, int(max_mb * 1e6), ROTATE))
-        return [str(self._write(scheme)) for scheme in chosen]
 
-    def _write(self, scheme: Scheme) -> Path:
-        path = self.out / "schemes" / f"{scheme.name}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, scheme.to_dict())
-        return path
-
-    def _make(self) -> Simulated:
-        from lawcat_edge.model import load_student
-
-        if self._simulated is None:
-            run = self.run
-            model = load_student(run.teacher, run.adapter, run.config, backend="torch")
-            self._simulated = Simulated(model, ROTATE)
-        return self._simulated
-
-    def _kl(self, scheme: Scheme) -> float:
-        """Of the whole scheme, simulated."""
-        simulated = self._make()
-        if self._text is None:
-            self._text = sensitivity.Text(simulated, self.ids)
-        simulated.set_scheme(scheme)
-        found = self._text.kl()["kl"]
-        simulated.clear()
-        return found
+def _scheme_file(out: Path, scheme: Scheme) -> Path:
+    path = out / "schemes" / f"{scheme.name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, scheme.to_dict())
+    return path

@@ -94,9 +94,9 @@ def smallest(
     sizes: Sizes,
     max_kl: float,
     rotate: bool,
-    measured: Callable[[Scheme], float] | None = None,
+    measured: Callable[[Scheme], dict[str, float]] | None = None,
 ) -> Scheme:
-    """The smallest scheme with KL ≤ max_kl. measured: the real KL of a scheme; where the sum promised too
+    """The smallest scheme with KL ≤ max_kl. measured: the real "kl" of a scheme; where the sum promised too
     much, the next try must promise less. Raises LawcatError when even 8 bits everywhere are too coarse."""
     if not max_kl > 0:
         raise LawcatError(f"The largest KL must be above zero, not {max_kl}.")
@@ -108,7 +108,7 @@ def smallest(
         scheme = scheme_of(f"auto-kl-{max_kl:g}", fitting[0][2], rotate)
         if measured is None:
             return scheme
-        found = measured(scheme)
+        found = measured(scheme)["kl"]
         if found <= max_kl:
             return scheme
         wanted = min(wanted, fitting[0][1]) * max_kl / found * 0.95

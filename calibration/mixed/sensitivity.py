@@ -1,24 +1,22 @@
 """Which part of the model minds being quantised: KL at the output when only that part is.
 
-Measured on a torch student (see ``simulate``), part by part: each kind of product at each choice of storage,
-and each layer as a whole at the smallest. The table that comes out chooses a mixed scheme (``mixed``).
+Measured on the graphs that a device runs (see ``bench``), part by part: each kind of product at each choice
+of storage, and each layer as a whole at the smallest. The table that comes out chooses a mixed scheme
+(``search``).
 """
 
 from __future__ import annotations
 
+import functools
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
-import torch
-
-from lawcat_edge.calibration.comparison.divergence import token_kl
-from lawcat_edge.calibration.comparison.measure import Progress
 from lawcat_edge.calibration.comparison.report import small
 from lawcat_edge.calibration.comparison.rows import Row, key_of
-from lawcat_edge.calibration.mixed.simulate import Simulated
-from lawcat_edge.export.schemes import PRODUCTS, Product
+from lawcat_edge.export.schemes import PRODUCTS, Product, Scheme
+from lawcat_edge.progress import Progress
 from lawcat_edge.runtime.errors import LawcatError
 
 CHOICES = {
@@ -27,78 +25,60 @@ CHOICES = {
     "int4": Product("nbits", 4, 32),
 }
 LAYER_CHOICE = "int4"
-_CHUNK = 256
-
-
-class Text:
-    """Sequences ids [n,T] with the final hidden states of the fp32 student on them: [n,T,D], a few MB."""
-
-    def __init__(self, simulated: Simulated, ids: np.ndarray) -> None:
-        self.ids = torch.from_numpy(ids.astype(np.int64))
-        self.simulated = simulated
-        simulated.clear()
-        self._head = simulated.model.lm_head.exact
-        with torch.inference_mode():
-            self.hidden = [simulated.model.hidden(row[None])[0][0] for row in self.ids]
-
-    @torch.inference_mode()
-    def kl(self) -> dict[str, float]:
-        """Mean and 99th percentile of KL(fp32 ‖ the student as it is set now) over all tokens."""
-        model, found = self.simulated.model, []
-        for row, known in zip(self.ids, self.hidden, strict=True):
-            hidden = model.hidden(row[None])[0][0]
-            for at in range(0, len(row), _CHUNK):
-                theirs = torch.nn.functional.linear(known[at : at + _CHUNK], self._head, model.lm_head.bias)
-                found.append(token_kl(theirs.numpy(), model.lm_head(hidden[at : at + _CHUNK]).numpy()))
-        losses = np.concatenate(found)
-        return {"kl": float(losses.mean()), "kl_p99": float(np.quantile(losses, 0.99))}
 
 
 def sensitivity(
-    make: Callable[[], Simulated], layers: int, ids: np.ndarray, row: Row, key: str, progress: Progress
+    kl_of: Callable[[Scheme], dict[str, float]],
+    base: Scheme,
+    layers: int,
+    row: Row,
+    key: str,
+    progress: Progress,
 ) -> dict[str, Any]:
     """{"kinds": {product: {choice: {"kl", "kl_p99"}}}, "layers": [{"kl", …}, …], "layer_choice"}.
 
-    make: the student, built only when something is left to measure. row: where each part is kept, so that a
-    killed run goes on. Raises LawcatError when a part failed.
+    kl_of: what a scheme costs. base: the scheme of which one part at a time is quantised. row: where each
+    part is kept under ``key``, so that a killed run goes on. Raises LawcatError when a part failed.
     """
-    held: list[Text] = []
-
-    def text() -> Text:
-        if not held:
-            held.append(Text(make(), ids))
-        return held[0]
-
-    def measured(name: str, parts: Sequence[tuple[str, Product, list[int] | None]]) -> dict[str, float]:
-        def work() -> dict[str, float]:
-            for part in parts:
-                text().simulated.set(*part)
-            found = text().kl()
-            for product, _, where in parts:
-                text().simulated.set(product, Product("fp32"), where)
-            return found
-
-        found = row.measure(name, key_of(key, ids.tolist(), [(p, c.to_dict(), n) for p, c, n in parts]), work)
-        if found is None:
-            raise LawcatError(f"The sensitivity of {name} could not be measured: {row.errors[name]}")
-        return found
-
     jobs = [(product, name) for product in PRODUCTS for name in CHOICES]
     jobs = [(product, name) for product, name in jobs if (product, name) != ("head", "int8-dynamic")]
-    total, done = len(jobs) + layers, 0
+    total = len(jobs) + layers
     kinds: dict[str, dict[str, dict[str, float]]] = {product: {} for product in PRODUCTS}
     progress("kinds", 0, total)
-    for product, name in jobs:
-        kinds[product][name] = measured(f"{product} {name}", [(product, CHOICES[name], None)])
-        done += 1
-        progress("kinds", done, total)
+    for done, (product, name) in enumerate(jobs):
+        scheme = only(base, product, CHOICES[name])
+        kinds[product][name] = _measured(row, f"{product} {name}", key, kl_of, scheme)
+        progress("kinds", done + 1, total)
     by_layer = []
     for i in range(layers):
-        body = [(product, CHOICES[LAYER_CHOICE], [i]) for product in PRODUCTS if product != "head"]
-        by_layer.append(measured(f"layer {i}", body))
-        done += 1
-        progress("layers", done, total)
+        scheme = base
+        for product in PRODUCTS:
+            if product != "head":
+                scheme = only(scheme, product, CHOICES[LAYER_CHOICE], (i,))
+        by_layer.append(_measured(row, f"layer {i}", key, kl_of, scheme))
+        progress("layers", len(jobs) + i + 1, total)
     return {"kinds": kinds, "layers": by_layer, "layer_choice": LAYER_CHOICE}
+
+
+def _measured(
+    row: Row, name: str, key: str, kl_of: Callable[[Scheme], dict[str, float]], scheme: Scheme
+) -> dict[str, float]:
+    found: dict[str, float] | None = row.measure(
+        name, key_of(key, scheme.to_dict()), functools.partial(kl_of, scheme)
+    )
+    if found is None:
+        raise LawcatError(f"The sensitivity of {name} could not be measured: {row.errors[name]}")
+    return found
+
+
+def only(base: Scheme, product: str, spec: Product, layers: tuple[int, ...] | None = None) -> Scheme:
+    """The scheme with one kind of product changed, in all layers or in some; a head takes the embedding
+    along."""
+    if layers is None:
+        embedding = spec if product == "head" else base.embedding
+        return replace(base, products={**base.products, product: spec}, embedding=embedding)
+    own = {i: {**base.layers.get(i, {}), product: spec} for i in layers}
+    return replace(base, layers={**base.layers, **own})
 
 
 def markdown(found: dict[str, Any]) -> str:

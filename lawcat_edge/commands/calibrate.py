@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from lawcat_edge.commands.options import CALIBRATION_TOKENS, CalibrationFiles, CalibrationTokens
 from lawcat_edge.runtime.errors import LawcatError
 
 
@@ -17,17 +18,17 @@ def calibrate(
     teacher: Annotated[str, typer.Argument(help="Folder, GGUF file, hub id, or smollm2.")],
     out: Annotated[Path, typer.Option(help="JSON file to write.")],
     adapter: Annotated[Path | None, typer.Option(help="Adapter folder; without it, untrained.")] = None,
-    text: Annotated[
-        list[str] | None, typer.Option(help="Text files or globs; without any, the teacher writes some.")
-    ] = None,
+    calibration: CalibrationFiles = None,
+    calibration_tokens: CalibrationTokens = CALIBRATION_TOKENS,
     scheme: Annotated[str, typer.Option(help="Scheme that will use the ranges.")] = "int8-static",
-    tokens: Annotated[int, typer.Option(help="Tokens to read (or to sample).")] = 8192,
     merge: Annotated[
         list[Path] | None, typer.Option(help="Range files of the same student to add, from other texts.")
     ] = None,
     threads: Annotated[int | None, typer.Option(help="Processor threads; default: physical cores.")] = None,
     seed: Annotated[int, typer.Option(help="Of the text that the teacher writes.")] = 0,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    text: Annotated[list[str] | None, typer.Option(hidden=True, help="Once --calibration.")] = None,
+    tokens: Annotated[int | None, typer.Option(hidden=True, help="Once --calibration-tokens.")] = None,
 ) -> None:
     """Measure what the products of TEACHER with an adapter read, on the recurrent graph.
 
@@ -36,28 +37,25 @@ def calibrate(
 
     Examples:
 
-      lawcat-edge calibrate smollm2 --adapter adapter --text "texts/*.txt" --out ranges.json
+      lawcat-edge calibrate smollm2 --adapter adapter --calibration "texts/*.txt" --out ranges.json
 
       lawcat-edge export smollm2 --adapter adapter --scheme int8-static --ranges ranges.json --out bundle
     """
-    from lawcat_edge.adapter import Adapter
     from lawcat_edge.calibration.calibrate import Calibration
     from lawcat_edge.calibration.ranges import Ranges
-    from lawcat_edge.commands.export import progress, student
+    from lawcat_edge.commands.progress import reporter
+    from lawcat_edge.commands.students import open_student
     from lawcat_edge.export.schemes import load_scheme
-    from lawcat_edge.teacher import resolve
 
+    files, count = [*(calibration or ()), *(text or ())], tokens or calibration_tokens
     table = load_scheme(scheme)
     if not table.static:
         raise LawcatError(f"The scheme {table.name} needs no ranges; name one with static products.")
     others = [Ranges.load(path) for path in merge or ()]
-    source = resolve(teacher)
-    loaded, config = student(source, Adapter.load(adapter) if adapter is not None else None)
-    with tempfile.TemporaryDirectory(prefix="lawcat-calibrate-") as folder:
-        run = Calibration(
-            source, loaded, config, Path(folder), text or (), tokens, threads, seed, progress=progress
-        )
-        ranges = run.ranges(table.rotate)
+    student = open_student(teacher, adapter)
+    with reporter(lines=False) as show, tempfile.TemporaryDirectory(prefix="lawcat-calibrate-") as folder:
+        run = Calibration(student, Path(folder), files, count, threads, seed)
+        ranges = run.ranges(table.rotate, show)
     for other in others:
         ranges.merge(other)
     ranges.save(out)
@@ -67,15 +65,15 @@ def calibrate(
         "ranges": str(out),
         "tokens": ranges.tokens,
         "tensors": len(ranges.tensors),
-        "text": "given" if text else "sampled from the teacher",
+        "text": "given" if files else "sampled from the teacher",
         "most_grown": {"tensor": grown, "factor": growth[grown]},
         **ranges.measured_on,
     }
     if json_:
         print(json.dumps(report))
         return
-    if not text:
-        print("No --text: the teacher wrote the text itself.", file=sys.stderr)
+    if not files:
+        print("No --calibration: the teacher wrote the text itself.", file=sys.stderr)
     print(
         f"{out}: {len(ranges.tensors)} ranges from {ranges.tokens:,} tokens; {grown} grew most along a text, "
         f"{growth[grown]:.2f} times."

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from lawcat_edge.commands.progress import QUIET_SECONDS
+from lawcat_edge.commands.options import CALIBRATION_TOKENS, CalibrationFiles, CalibrationTokens
+from lawcat_edge.commands.progress import reporter
 from lawcat_edge.runtime.errors import LawcatError
 
 
@@ -24,10 +22,8 @@ def compare(
     schemes: Annotated[
         str, typer.Option(help="Built-in schemes or JSON files (your tables); fp32 is always measured.")
     ] = "fp32,int8,int8-dynamic,int8-static,int4",
-    calibration: Annotated[
-        list[str] | None,
-        typer.Option(help="Text for schemes that are calibrated; without any, the teacher writes it."),
-    ] = None,
+    calibration: CalibrationFiles = None,
+    calibration_tokens: CalibrationTokens = CALIBRATION_TOKENS,
     length: Annotated[int, typer.Option(help="Tokens of a sequence, for perplexity and KL.")] = 1024,
     samples: Annotated[int, typer.Option(help="Sequences.")] = 8,
     drift_length: Annotated[
@@ -71,19 +67,17 @@ def compare(
 
       lawcat-edge compare smollm2 --adapter adapter --text book.txt --out out --max-kl 0.005 --max-mb 150
     """
-    from lawcat_edge.adapter import Adapter
     from lawcat_edge.calibration.comparison.compare import Comparison
+    from lawcat_edge.calibration.comparison.compare import compare as run
     from lawcat_edge.calibration.comparison.report import errors, markdown, print_table
     from lawcat_edge.calibration.comparison.settings import Settings
     from lawcat_edge.commands.eval import parse_lengths
+    from lawcat_edge.commands.students import open_student
     from lawcat_edge.runtime.files import write_json, write_text
-    from lawcat_edge.teacher import resolve
 
     names = [name.strip() for name in schemes.split(",") if name.strip()]
     if not names:
         raise LawcatError("There is no scheme to compare; name some with --schemes fp32,int8,int4.")
-    if adapter is None:
-        print("No --adapter: this compares an untrained conversion, which writes no sense.", file=sys.stderr)
     settings = Settings(
         length=length,
         samples=samples,
@@ -95,15 +89,24 @@ def compare(
         decode_tokens=decode_tokens,
         threads=threads,
     )
-    source = resolve(teacher)
-    loaded = Adapter.load(adapter) if adapter is not None else None
-    with _progress() as show:
-        run = Comparison(source, loaded, text, out, settings, show, resume, gguf, calibration or ())
+    student = open_student(teacher, adapter)
+    with reporter() as show:
+        job = Comparison.of(
+            student,
+            text,
+            out,
+            settings,
+            calibration or (),
+            calibration_tokens,
+            resume=resume,
+            gguf=gguf,
+            progress=lambda row, what, done, total: show(row, done, total, what),
+        )
         if sensitivity or max_kl is not None or max_mb is not None:
-            from lawcat_edge.calibration.mixed.automatic import Automatic
+            from lawcat_edge.calibration.mixed.automatic import choose_schemes
 
-            names += Automatic(run).choose(max_kl, max_mb)
-        report = run.run(names, peers)
+            names += choose_schemes(job, max_kl, max_mb)
+        report = run(job, names, peers)
     picture = _draw(report, out)
     write_json(out / "report.json", report)
     write_text(out / "report.md", markdown(report, picture))
@@ -143,39 +146,3 @@ def _draw(report: dict[str, Any], out: Path) -> str | None:
     with atomic_file(out / "report.png") as file:
         file.write(image)
     return "report.png"
-
-
-class _Progress:
-    """(row, what, done, total) as one bar a row in a terminal, as a line now and then elsewhere."""
-
-    def __init__(self, bar: Any | None) -> None:
-        self.bar, self.row, self.task, self.last = bar, "", None, 0.0
-
-    def __call__(self, row: str, what: str, done: int, total: int) -> None:
-        if self.bar is not None:
-            if row != self.row:
-                self.task = self.bar.add_task(row, total=total, what=what)
-            self.bar.update(self.task, completed=done, total=max(total, 1), what=what)
-        elif row != self.row or time.monotonic() - self.last > QUIET_SECONDS:
-            self.last = time.monotonic()
-            print(f"{row}: {what} {done}/{total}", file=sys.stderr, flush=True)
-        self.row = row
-
-
-@contextmanager
-def _progress() -> Iterator[_Progress]:
-    if not sys.stderr.isatty():
-        yield _Progress(None)
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (
-        TextColumn("{task.description:14}"),
-        TextColumn("{task.fields[what]:10}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        yield _Progress(bar)

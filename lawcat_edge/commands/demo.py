@@ -106,7 +106,7 @@ def _say(text: str) -> None:
 
 
 def _distil(teacher: Any, adapter: Path) -> None:
-    from lawcat_edge.commands.progress import training_progress
+    from lawcat_edge.commands.progress import TrainingProgress, reporter
     from lawcat_edge.distill.run import distill
     from lawcat_edge.distill.run_folder import kept, run_folder
     from lawcat_edge.distill.settings import DistillSettings
@@ -115,14 +115,14 @@ def _distil(teacher: Any, adapter: Path) -> None:
         _say(f"2/4  adapter: {adapter}, from a former run")
         return
     _say("2/4  distil both stages for a short while (a proof that it works, not a good model)")
-    with training_progress() as progress:
+    with reporter() as show:
         distill(
             teacher,
             [],
             adapter,
             DistillSettings().with_changes(dict(SHORT)),
             resume=kept(run_folder(adapter)) is not None,
-            report=progress,
+            report=TrainingProgress(show),
         )
 
 

@@ -9,11 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lawcat_edge.commands.generated import chosen, options_from
+from lawcat_edge.distill.settings import DistillSettings, load_recipe
+
 if TYPE_CHECKING:
     from lawcat_edge.adapter import Adapter
 
 
+@options_from(DistillSettings, after="tokens")
 def distill(
+    context: typer.Context,
     teacher: Annotated[str, typer.Argument(help="Folder, GGUF file, hub id, or smollm2.")],
     out: Annotated[Path, typer.Option(help="Adapter folder to write.")],
     data: Annotated[
@@ -21,69 +26,13 @@ def distill(
         typer.Option(help="Text, JSON, CSV, Parquet, globs, tokenised .bin, hub:NAME; repeatable."),
     ] = None,
     recipe: Annotated[
-        str | None, typer.Option(help="hybrid, general, general-window, passkey, or a JSON file.")
+        str | None,
+        typer.Option(
+            help="hybrid, general, general-window, passkey, or a JSON file; its values replace the "
+            "defaults below, and options given here replace both."
+        ),
     ] = None,
-    stage: Annotated[str | None, typer.Option(help="transfer, finetune or both.")] = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens of each stage.")] = None,
-    transfer_tokens: Annotated[int | None, typer.Option(help="Tokens of attention transfer.")] = None,
-    finetune_tokens: Annotated[int | None, typer.Option(help="Tokens of low-rank fine-tuning.")] = None,
-    seq_len: Annotated[int | None, typer.Option(help="Tokens of a sequence.")] = None,
-    finetune_seq_len: Annotated[int | None, typer.Option(help="The same for fine-tuning alone.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Sequences a process takes at once.")] = None,
-    grad_accumulation: Annotated[int | None, typer.Option(help="Batches summed before a step.")] = None,
-    window: Annotated[int | None, typer.Option(help="Tokens of softmax attention mixed in; 0: none.")] = None,
-    window_scaling: Annotated[
-        str | None, typer.Option(help="How the window is mixed in: softmax or max_score.")
-    ] = None,
-    full_attention: Annotated[
-        str | None,
-        typer.Option(help="Layers that keep softmax attention: auto:4, every:7, 14,17,20,23, or none."),
-    ] = None,
-    span: Annotated[
-        int | None, typer.Option(help="Tokens that a full-attention layer sees; 0: the teacher's range.")
-    ] = None,
-    sinks: Annotated[
-        int | None, typer.Option(help="Of these, first tokens of the text, never forgotten; default: 4.")
-    ] = None,
-    ranking_tokens: Annotated[
-        int | None, typer.Option(help="Text that auto reads to choose the layers, in tokens.")
-    ] = None,
-    rope: Annotated[
-        bool | None, typer.Option("--rope/--no-rope", help="Rotary in the linear branch.")
-    ] = None,
-    feature_dim: Annotated[int | None, typer.Option(help="Feature width f; 0: half the head width.")] = None,
-    conv_kernel: Annotated[int | None, typer.Option(help="Taps of the convolution on q and k.")] = None,
-    task_mix: Annotated[str | None, typer.Option(help='Shares, as in "text:0.7,passkey:0.3".')] = None,
-    teacher_tokens: Annotated[
-        int | None, typer.Option(help="Tokens to sample from the teacher, if the mix has a share of it.")
-    ] = None,
-    answer_weight: Annotated[
-        float | None, typer.Option(help="Weight of the answers of generated tasks, in KL and cross-entropy.")
-    ] = None,
-    lr_transfer: Annotated[float | None, typer.Option(help="Learning rate of attention transfer.")] = None,
-    lr_lora: Annotated[float | None, typer.Option(help="Learning rate of the low-rank updates.")] = None,
-    lr_new: Annotated[
-        float | None, typer.Option(help="Rate of the new parameters while fine-tuning.")
-    ] = None,
-    warmup: Annotated[
-        float | None, typer.Option(help="Share of a stage in which the rate rises; then a cosine.")
-    ] = None,
-    clip: Annotated[float | None, typer.Option(help="Largest norm of a gradient; 0: any.")] = None,
-    lora_rank: Annotated[int | None, typer.Option(help="Rank of the low-rank updates.")] = None,
-    lora_targets: Annotated[
-        str | None,
-        typer.Option(help="Where: all-linear, or names with commas, as q_proj,k_proj,v_proj,o_proj."),
-    ] = None,
-    lora_alpha: Annotated[float | None, typer.Option(help="Their scale, divided by the rank.")] = None,
-    kl_weight: Annotated[float | None, typer.Option(help="Weight of KL to the teacher.")] = None,
-    ce_weight: Annotated[float | None, typer.Option(help="Weight of next-token cross-entropy.")] = None,
-    precision: Annotated[str | None, typer.Option(help="auto, fp32 or bf16.")] = None,
-    backend: Annotated[str | None, typer.Option(help="auto, triton or torch.")] = None,
-    compile: Annotated[
-        bool | None, typer.Option("--compile/--no-compile", help="torch.compile what it can (GPU).")
-    ] = None,
-    checkpoint_every: Annotated[int | None, typer.Option(help="Steps between two checkpoints.")] = None,
-    checkpoint_seconds: Annotated[int | None, typer.Option(help="Longest time between two.")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Any setting by name, NAME=VALUE; repeatable.")
     ] = None,
@@ -96,10 +45,8 @@ def distill(
         bool, typer.Option("--overwrite", help="Replace a finished adapter in OUT.")
     ] = False,
     half: Annotated[bool, typer.Option("--half", help="Store float16 (for publishing).")] = False,
-    seed: Annotated[
-        int | None, typer.Option(min=0, help="Seed of data order and initial parameters.")
-    ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    **options: Any,
 ) -> None:
     """Distil TEACHER into a LAWCAT adapter: attention transfer, then low-rank fine-tuning.
 
@@ -113,13 +60,11 @@ def distill(
 
       lawcat-edge distill smollm2 --recipe passkey --out adapter-passkey
     """
-    given = dict(locals())
     from lawcat_edge.adapter import Adapter
-    from lawcat_edge.commands.progress import training_progress
+    from lawcat_edge.commands.progress import TrainingProgress, reporter
     from lawcat_edge.data.mix import parse_mix
     from lawcat_edge.distill.parallel import is_main_process
     from lawcat_edge.distill.run import distill as run
-    from lawcat_edge.distill.settings import DistillSettings, load_recipe
     from lawcat_edge.runtime.errors import LawcatError
     from lawcat_edge.teacher import resolve
 
@@ -128,12 +73,11 @@ def distill(
             f"{out} holds a finished adapter; replace it with --overwrite, or give another --out."
         )
     settings = load_recipe(recipe) if recipe else DistillSettings()
-    names = set(settings.to_dict())
-    changes = {name: value for name, value in given.items() if name in names and value is not None}
+    changes = chosen(context, options)
     if tokens is not None:
         changes = {"transfer_tokens": tokens, "finetune_tokens": tokens, **changes}
-    if seq_len is not None:
-        changes = {"finetune_seq_len": seq_len, **changes}
+    if "seq_len" in changes:
+        changes = {"finetune_seq_len": changes["seq_len"], **changes}
     changes |= _parsed(set_ or [], settings.to_dict())
     settings = settings.with_changes(changes)
     parse_mix(settings.task_mix)  # before the teacher is loaded
@@ -145,10 +89,10 @@ def distill(
         base.check_teacher(source)
     if is_main_process():
         print(plan(settings, base, source.sha256), file=sys.stderr)
-    with training_progress(shown=is_main_process()) as progress:
+    with reporter() as show:  # the other processes report nothing
         adapter = run(
-            source, data or [], out, settings, start_from=base, resume=resume, fresh=fresh, report=progress,
-            half=half,
+            source, data or [], out, settings, start_from=base, resume=resume, fresh=fresh,
+            report=TrainingProgress(show), half=half,
         )  # fmt: skip
     if not is_main_process():
         return

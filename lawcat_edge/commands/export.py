@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
 import tempfile
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lawcat_edge.commands.options import CALIBRATION_TOKENS, CalibrationFiles, CalibrationTokens
 from lawcat_edge.runtime.errors import LawcatError
+
+if TYPE_CHECKING:
+    from lawcat_edge.calibration.calibrate import Calibration
+    from lawcat_edge.calibration.ranges import Ranges
+    from lawcat_edge.export.exporter import ExportOptions
+    from lawcat_edge.export.schemes import Scheme
+    from lawcat_edge.progress import Progress
+    from lawcat_edge.student import Student
 
 
 def export(
@@ -42,13 +50,8 @@ def export(
     ranges: Annotated[
         Path | None, typer.Option(help="Ranges of activations, from lawcat-edge calibrate (int8-static).")
     ] = None,
-    calibration: Annotated[
-        list[str] | None,
-        typer.Option(help="Text files for schemes that want some; without any, the teacher writes it."),
-    ] = None,
-    calibration_tokens: Annotated[
-        int, typer.Option(help="Tokens of it that are read; more takes longer.", min=1024)
-    ] = 8192,
+    calibration: CalibrationFiles = None,
+    calibration_tokens: CalibrationTokens = CALIBRATION_TOKENS,
     rounding: Annotated[
         str | None,
         typer.Option(help="nearest or gptq (by what the text says matters); default: the scheme's."),
@@ -94,14 +97,15 @@ def export(
 
       lawcat-edge export smollm2 --adapter adapter --scheme int8-static --ranges ranges.json --out bundle
     """
-    from lawcat_edge.adapter import Adapter
+    from lawcat_edge.calibration.calibrate import Calibration
     from lawcat_edge.calibration.ranges import Ranges
-    from lawcat_edge.export.exporter import export_bundle
+    from lawcat_edge.commands.progress import reporter
+    from lawcat_edge.commands.students import open_student
+    from lawcat_edge.export.exporter import ExportOptions, export_bundle
     from lawcat_edge.export.schemes import load_scheme
     from lawcat_edge.runtime.bundle.hub import check_name
     from lawcat_edge.runtime.bundle.signature import load_private_key
     from lawcat_edge.runtime.generate.sampling import sampling_defaults
-    from lawcat_edge.teacher import resolve
 
     table = load_scheme(scheme, rounding)  # before the slow steps
     if push is not None:
@@ -116,41 +120,24 @@ def export(
     measured = Ranges.load(ranges) if ranges is not None else None
     if measured is not None and not table.static:
         raise LawcatError(f"The scheme {table.name} uses no ranges; drop --ranges or take int8-static.")
-    source = resolve(teacher)
-    if window is not None and adapter is None:
-        raise LawcatError("--window changes that of an adapter; give one with --adapter.")
-    if (span is not None or sinks is not None) and adapter is None:
-        raise LawcatError("--span and --sinks change those of an adapter; give one with --adapter.")
-    given = None if adapter is None else Adapter.load(adapter).with_window(window).with_span(span, sinks)
-    loaded, config = student(source, given)
-    operators = [op.strip() for op in ops.split(",")]
+    student = open_student(teacher, adapter, window, span, sinks)
+    options = ExportOptions(
+        scheme=table,
+        ops=tuple(op.strip() for op in ops.split(",")),
+        ort_format=ort_format,
+        name=name,
+        verify=verify,
+        reference=student.logits if verify and student.adapter is not None else None,
+        sign_with=key,
+        sampling=sampling,
+    )
     if not overwrite:
-        _check_replaced(out, source, loaded, config, table.name, operators)
-    with _needed(table, measured, calibration or [], calibration_tokens, source, loaded, config) as needed:
-        report = export_bundle(
-            source.weights(),
-            source.geometry,
-            config,
-            loaded,
-            out,
-            scheme=table,
-            ops=operators,
-            ort_format=ort_format,
-            tokenizer_files=source.folder,
-            source={
-                "teacher": source.name,
-                "teacher_sha256": source.sha256,
-                "adapter_sha256": loaded.sha256 if loaded is not None else None,
-            },
-            name=name,
-            verify=verify,
-            reference=_reference(source, loaded) if verify and loaded is not None else None,
-            progress=progress,
-            sign_with=key,
-            sampling=sampling,
-            **needed,
-        )
-    report["warning"] = loaded.warning() if loaded is not None else "no adapter: an untrained conversion"
+        _check_replaced(out, student, options)
+    with reporter(lines=False) as show, tempfile.TemporaryDirectory(prefix="lawcat-calibrate-") as work:
+        run = Calibration(student, Path(work), calibration or [], calibration_tokens)
+        needed = _needed(run, table, measured, show)
+        report = export_bundle(student, out, replace(options, progress=show, **needed))
+    report["warning"] = student.warning
     if push is not None:
         from lawcat_edge.export.push import push as upload
 
@@ -173,9 +160,7 @@ def export(
         print(f"pushed: {report['pushed']}")
 
 
-def _check_replaced(
-    out: Path, source: Any, adapter: Any | None, config: Any, scheme: str, ops: list[str]
-) -> None:
+def _check_replaced(out: Path, student: Student, options: ExportOptions) -> None:
     """Refuse to replace a bundle of another teacher, adapter, scheme, window or set of operators."""
     from lawcat_edge.runtime.bundle.manifest import MANIFEST, Bundle
 
@@ -194,73 +179,27 @@ def _check_replaced(
         "settings": manifest.lawcat,
     }
     now = {
-        "teacher": source.sha256,
-        "adapter": adapter.sha256 if adapter is not None else None,
-        "scheme": scheme,
-        "operators": sorted(ops),
-        "settings": config.to_dict(),
+        "teacher": student.teacher.sha256,
+        "adapter": student.adapter_sha256,
+        "scheme": options.scheme.name,
+        "operators": sorted(options.ops),
+        "settings": student.config.to_dict(),
     }
     differing = next((name for name, value in now.items() if before[name] != value), None)
     if differing is not None:
         raise LawcatError(f"{out} holds a bundle of another {differing}; {step}.")
 
 
-def student(source: Any, adapter: Any | None) -> tuple[Any | None, Any]:
-    """The adapter, checked against its teacher, and the layer's settings; without one, a conversion's."""
-    from lawcat_edge.config import LawcatConfig
-
-    if adapter is not None:
-        adapter.check_teacher(source)
-        return adapter, adapter.config
-    print("No --adapter: this is an untrained conversion, it will not write sense.", file=sys.stderr)
-    return None, LawcatConfig(feature_dim=source.geometry.head_dim // 2)
-
-
-@contextlib.contextmanager
-def _needed(
-    table: Any,
-    ranges: Any | None,
-    files: list[str],
-    tokens: int,
-    source: Any,
-    adapter: Any | None,
-    config: Any,
-) -> Iterator[dict[str, Any]]:
-    """What the scheme has to know of activations; measured while the export asks for it."""
-    from lawcat_edge.calibration.calibrate import Calibration
-
-    if ranges is not None and not files and table.rounding == "gptq":
+def _needed(run: Calibration, table: Scheme, ranges: Ranges | None, progress: Progress) -> dict[str, Any]:
+    """What the scheme has to know of activations: ranges are measured now, the rest while it is exported."""
+    if ranges is not None and not run.files and table.rounding == "gptq":
         print("With --ranges and no --calibration, weights are rounded to nearest.", file=sys.stderr)
-        yield Calibration(source, adapter, config, Path()).ranges_for(table, ranges)
-        return
+        return run.ranges_for(table, ranges, progress)
     wanted = (table.static and ranges is None) or table.rounding == "gptq"
-    if wanted and not files:
+    if wanted and not run.files:
         print(
             f"The scheme {table.name} is calibrated, and without --calibration the teacher writes the text "
             "itself: some minutes on a CPU.",
             file=sys.stderr,
         )
-    with tempfile.TemporaryDirectory(prefix="lawcat-calibrate-") as folder:
-        run = Calibration(source, adapter, config, Path(folder), files, tokens, progress=progress)
-        yield run.for_export(table, ranges)
-
-
-def _reference(source: Any, adapter: Any) -> Any:
-    """The torch student's logits, loaded only when the verification asks for them."""
-
-    def logits(tokens: Any) -> Any:
-        import torch
-
-        from lawcat_edge.model import load_student
-
-        with torch.inference_mode():
-            model = load_student(source, adapter)
-            return model(torch.from_numpy(tokens)[None])[0][0].numpy()
-
-    return logits
-
-
-def progress(what: str, done: int, total: int) -> None:
-    if sys.stderr.isatty():
-        end = "\n" if done == total else ""
-        print(f"\r{what} {done}/{total} ", end=end, file=sys.stderr, flush=True)
+    return run.for_export(table, ranges, progress)

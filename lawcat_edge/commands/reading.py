@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from lawcat_edge.commands.progress import reporter
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -60,31 +62,16 @@ def read_ahead(model: Model, document: str, system: str | None, progress: Callab
 
 @contextmanager
 def reading_progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar for ``read_ahead`` in a terminal; elsewhere one line at the end."""
+    """A bar for ``read_ahead`` in a terminal, and one line at the end."""
     begun, total = time.monotonic(), 0
+    with reporter(lines=False, transient=True) as bar:
 
-    def count(done: int, of: int) -> None:
-        nonlocal total
-        total = of
+        def show(done: int, of: int) -> None:
+            nonlocal total
+            total = of
+            bar(f"Reading {what}", done, of, "tokens")
 
-    if not sys.stderr.isatty():
-        yield count
-    else:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (
-            TextColumn("Reading {task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("tokens"),
-            TimeRemainingColumn(),
-        )  # fmt: skip
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task(what, total=None)
-
-            def show(done: int, of: int) -> None:
-                count(done, of)
-                bar.update(task, completed=done, total=of)
-
-            yield show
+        yield show
     seconds = time.monotonic() - begun
     if total:
         print(f"Read {what}: {total:,} tokens in {seconds:,.1f} s.", file=sys.stderr)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from lawcat_edge.losses import kl_of_logs
 from lawcat_edge.runtime.bundle.span import Span
 from lawcat_edge.runtime.errors import LawcatError
 
@@ -143,7 +144,7 @@ class _Text:
 
     def _kl(self, x: Tensor) -> float:
         student = self._log_probabilities(self.model.norm(x))
-        return float((self.taught.exp() * (self.taught - student)).sum(-1).mean())
+        return float(kl_of_logs(self.taught, student).mean())
 
     def kl(self, chosen: list[int], span: Span) -> float:
         """Mean KL(teacher || student) in nats, with full attention in the chosen layers."""

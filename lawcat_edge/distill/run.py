@@ -278,13 +278,11 @@ def _adapter(model: LawcatModel, teacher: Teacher, training: dict[str, Any]) -> 
 
 def _config(settings: DistillSettings, teacher: Teacher) -> LawcatConfig:
     """The pure student that a run without an adapter to go on from begins with."""
-    return LawcatConfig(
-        settings.conv_kernel,
-        settings.feature_dim or teacher.geometry.head_dim // 2,
-        window=settings.window,
-        rope=settings.rope,
-        window_scaling=settings.window_scaling,
-    )
+    names = ("conv_kernel", "window", "rope", "window_scaling")
+    chosen = {name: getattr(settings, name) for name in names}
+    if settings.feature_dim:
+        chosen["feature_dim"] = settings.feature_dim
+    return LawcatConfig.for_geometry(teacher.geometry, **chosen)
 
 
 def _full_attention(

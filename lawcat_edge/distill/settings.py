@@ -2,128 +2,93 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from lawcat_edge.distill.full_attention import FullAttention
-from lawcat_edge.lora import parse_targets
+from lawcat_edge.runtime.bundle.limits import MAX_FEATURES, MAX_SINKS, MAX_SPAN, MAX_TAPS, MAX_WINDOW
 from lawcat_edge.runtime.errors import LawcatError
-from lawcat_edge.runtime.files import read_json, user_path
 
 RECIPES = Path(__file__).parent / "recipes"
 STAGES = ("both", "transfer", "finetune")
 
 
-# The smallest and the largest value that a run can mean something with.
-_WHOLE = {
-    "transfer_tokens": (0, 1 << 50),
-    "finetune_tokens": (0, 1 << 50),
-    "teacher_tokens": (0, 1 << 40),
-    "seq_len": (1, 1 << 24),
-    "finetune_seq_len": (1, 1 << 24),
-    "batch_size": (1, 1 << 16),
-    "grad_accumulation": (1, 1 << 16),
-    "lora_rank": (1, 4096),
-    "feature_dim": (0, 1024),
-    "conv_kernel": (2, 16),
-    "window": (0, 8192),
-    "span": (0, 1 << 24),
-    "sinks": (-1, 64),
-    "ranking_tokens": (16, 1 << 24),
-    "seed": (0, (1 << 63) - 1),
-    "checkpoint_every": (1, 1 << 40),
-    "checkpoint_seconds": (0, 1 << 31),
-}
-_REAL = {
-    "lr_transfer": (0.0, 1e4),
-    "lr_lora": (0.0, 1e4),
-    "lr_new": (0.0, 1e4),
-    "clip": (0.0, 1e4),
-    "kl_weight": (0.0, 1e4),
-    "ce_weight": (0.0, 1e4),
-    "answer_weight": (0.0, 1e4),
-    "warmup": (0.0, 1.0),
-    "lora_alpha": (0.0, 1e6),
-}
+def setting(default: Any, text: str, *limits: float) -> Any:
+    """A field with its one sentence for ``--help`` and, of a number, the least and the largest value that a
+    run can mean something with."""
+    return field(default=default, metadata={"help": text, "limits": limits})
 
 
 @dataclass(frozen=True)
 class DistillSettings:
     """Both stages of LAWCAT distillation (arXiv 2509.18467, section 4). Token counts are of training tokens.
 
-    kl_weight, ce_weight: parts of the fine-tuning loss: KL(teacher || student), and next-token cross-entropy.
-    answer_weight: weight of answer tokens of generated tasks, in KL and cross-entropy (other tokens count 1).
-    full_attention: layers that keep softmax attention: ``none``, numbers (``14,17,20,23``), ``every:7``, or
-        ``auto:4``, the four that help a pure student most (``lawcat_edge.distill.full_attention``).
-    window_scaling: as in LawcatConfig; the default was the better of the two (docs/hybrid.md).
-    span: tokens that these see; 0: the teacher's range. sinks: of these, first tokens of the text, which they
-        never forget; -1: 4, or none where the teacher itself forgets them. ranking_tokens: text that ``auto``
-        reads.
-    lora_targets: ``all-linear``, or projections by name, as peft's target_modules.
-    teacher_tokens: how much text to sample from the teacher when task_mix names ``teacher``.
-    compile: torch.compile the parts around the Triton kernels (a fifth faster on a GPU, after half a minute).
-    warmup: share of a stage's steps in which the rate rises. clip: largest norm of a gradient (0: any).
-    lora_alpha: low-rank updates count lora_alpha / lora_rank times. checkpoint_seconds: at least so often.
-    lr_new: rate of conv, feature map, gate and omega while fine-tuning (0 freezes them).
+    The command line has an option for every field, with its default and this text. ``auto:4`` of
+    full_attention are the four layers that help a pure student most (``lawcat_edge.distill.full_attention``).
+    window_scaling: as in LawcatConfig; the default was the better of the two (docs/hybrid.md). compile is a
+    fifth faster on a GPU, after half a minute.
     """
 
-    stage: str = "both"
-    transfer_tokens: int = 1_000_000
-    finetune_tokens: int = 1_000_000
-    seq_len: int = 1024
-    finetune_seq_len: int = 1024
-    batch_size: int = 1
-    grad_accumulation: int = 1
-    lr_transfer: float = 1e-2
-    lr_lora: float = 2e-4
-    lr_new: float = 5e-4
-    warmup: float = 0.02
-    clip: float = 1.0
-    lora_rank: int = 8
-    lora_alpha: float = 16.0
-    lora_targets: str = "q_proj,k_proj,v_proj,o_proj"
-    kl_weight: float = 1.0
-    ce_weight: float = 0.0
-    answer_weight: float = 1.0
-    task_mix: str = "text:1.0"
-    teacher_tokens: int = 100_000
-    feature_dim: int = 0
-    conv_kernel: int = 4
-    window: int = 0
-    window_scaling: str = "softmax"
-    full_attention: str = "none"
-    span: int = 0
-    sinks: int = -1
-    ranking_tokens: int = 2048
-    rope: bool = False
-    precision: str = "auto"
-    backend: str = "auto"
-    compile: bool = False
-    seed: int = 0
-    checkpoint_every: int = 50
-    checkpoint_seconds: int = 300
+    stage: str = setting("both", "transfer, finetune or both.")
+    transfer_tokens: int = setting(1_000_000, "Tokens of attention transfer.", 0, 1 << 50)
+    finetune_tokens: int = setting(1_000_000, "Tokens of low-rank fine-tuning.", 0, 1 << 50)
+    seq_len: int = setting(1024, "Tokens of a sequence.", 1, 1 << 24)
+    finetune_seq_len: int = setting(1024, "The same for fine-tuning alone.", 1, 1 << 24)
+    batch_size: int = setting(1, "Sequences a process takes at once.", 1, 1 << 16)
+    grad_accumulation: int = setting(1, "Batches summed before a step.", 1, 1 << 16)
+    lr_transfer: float = setting(1e-2, "Learning rate of attention transfer.", 0.0, 1e4)
+    lr_lora: float = setting(2e-4, "Learning rate of the low-rank updates.", 0.0, 1e4)
+    lr_new: float = setting(5e-4, "Rate of the new parameters while fine-tuning; 0 freezes them.", 0.0, 1e4)
+    warmup: float = setting(0.02, "Share of a stage in which the rate rises; then a cosine.", 0.0, 1.0)
+    clip: float = setting(1.0, "Largest norm of a gradient; 0: any.", 0.0, 1e4)
+    lora_rank: int = setting(8, "Rank of the low-rank updates.", 1, 4096)
+    lora_alpha: float = setting(16.0, "Their scale, divided by the rank.", 0.0, 1e6)
+    lora_targets: str = setting(
+        "q_proj,k_proj,v_proj,o_proj", "Where: all-linear, or projections by name, with commas."
+    )
+    kl_weight: float = setting(1.0, "Weight of KL to the teacher, in fine-tuning.", 0.0, 1e4)
+    ce_weight: float = setting(0.0, "Weight of next-token cross-entropy.", 0.0, 1e4)
+    answer_weight: float = setting(
+        1.0, "Weight of the answers of generated tasks, in KL and cross-entropy.", 0.0, 1e4
+    )
+    task_mix: str = setting("text:1.0", 'Shares, as in "text:0.7,passkey:0.3".')
+    teacher_tokens: int = setting(
+        100_000, "Tokens to sample from the teacher, if the mix has a share of it.", 0, 1 << 40
+    )
+    feature_dim: int = setting(0, "Feature width f; 0: half the head width.", 0, MAX_FEATURES)
+    conv_kernel: int = setting(4, "Taps of the convolution on q and k.", 2, MAX_TAPS)
+    window: int = setting(0, "Tokens of softmax attention mixed in; 0: none.", 0, MAX_WINDOW)
+    window_scaling: str = setting("softmax", "How the window is mixed in: softmax or max_score.")
+    full_attention: str = setting(
+        "none", "Layers that keep softmax attention: auto:4, every:7, 14,17,20,23, or none."
+    )
+    span: int = setting(0, "Tokens that a full-attention layer sees; 0: the teacher's range.", 0, MAX_SPAN)
+    sinks: int = setting(
+        -1,
+        "Of these, first tokens of the text, never forgotten; -1: 4 where the teacher keeps them.",
+        -1,
+        MAX_SINKS,
+    )
+    ranking_tokens: int = setting(2048, "Text that auto reads to choose the layers, in tokens.", 16, 1 << 24)
+    rope: bool = setting(False, "Rotary embedding in the linear branch.")
+    precision: str = setting("auto", "auto, fp32 or bf16.")
+    backend: str = setting("auto", "auto, triton or torch.")
+    compile: bool = setting(False, "torch.compile what surrounds the Triton kernels (GPU).")
+    seed: int = setting(0, "Seed of data order and initial parameters.", 0, (1 << 63) - 1)
+    checkpoint_every: int = setting(50, "Steps between two checkpoints.", 1, 1 << 40)
+    checkpoint_seconds: int = setting(300, "Longest time between two.", 0, 1 << 31)
 
     def __post_init__(self) -> None:
+        # Imported late here and below: the command line reads the fields without what these bring along.
+        from lawcat_edge.distill.full_attention import FullAttention
+        from lawcat_edge.lora import parse_targets
+
         if self.stage not in STAGES:
             raise LawcatError(f"stage must be one of {', '.join(STAGES)}, not {self.stage!r}.")
         if self.precision not in ("auto", "fp32", "bf16"):
             raise LawcatError(f"precision must be auto, fp32 or bf16, not {self.precision!r}.")
-        for name, (low, high) in _WHOLE.items():
-            value = getattr(self, name)
-            if type(value) is not int or not low <= value <= high:
-                raise LawcatError(f"{name} must be a whole number from {low:,} to {high:,}, not {value!r}.")
-        for name, (least, most) in _REAL.items():
-            value = getattr(self, name)
-            # Written so that a NaN fails too.
-            if type(value) not in (int, float) or not least <= value <= most:
-                raise LawcatError(f"{name} must be a number from {least:g} to {most:g}, not {value!r}.")
-        for name in ("rope", "compile"):
-            if type(getattr(self, name)) is not bool:
-                raise LawcatError(f"{name} must be true or false, not {getattr(self, name)!r}.")
-        for name in ("task_mix", "backend", "full_attention", "lora_targets", "window_scaling"):
-            if not isinstance(getattr(self, name), str) or len(getattr(self, name)) > 1000:
-                raise LawcatError(f"{name} must be a short text, not {str(getattr(self, name))[:40]!r}.")
+        for one in fields(self):
+            _check(one.name, getattr(self, one.name), type(one.default), one.metadata["limits"])
         parse_targets(self.lora_targets)
         FullAttention.parse(self.full_attention)
         if self.kl_weight + self.ce_weight <= 0:
@@ -138,11 +103,27 @@ class DistillSettings:
         return asdict(self)
 
     def with_changes(self, changes: dict[str, Any]) -> DistillSettings:
-        known = {field.name for field in fields(self)}
+        known = {one.name for one in fields(self)}
         unknown = sorted(set(changes) - known)
         if unknown:
             raise LawcatError(f"Unknown setting {unknown[0]!r}; known are {', '.join(sorted(known))}.")
         return replace(self, **changes)
+
+
+def _check(name: str, value: Any, kind: type, limits: tuple[float, ...]) -> None:
+    """Raise LawcatError for a value of another type than the default's, or beyond the limits."""
+    if kind is bool and type(value) is not bool:
+        raise LawcatError(f"{name} must be true or false, not {value!r}.")
+    if kind is str and (not isinstance(value, str) or len(value) > 1000):
+        raise LawcatError(f"{name} must be a short text, not {str(value)[:40]!r}.")
+    if not limits:
+        return
+    low, high = limits
+    # Written so that a NaN fails too.
+    if kind is int and (type(value) is not int or not low <= value <= high):
+        raise LawcatError(f"{name} must be a whole number from {low:,} to {high:,}, not {value!r}.")
+    if kind is float and (type(value) not in (int, float) or not low <= value <= high):
+        raise LawcatError(f"{name} must be a number from {low:g} to {high:g}, not {value!r}.")
 
 
 def recipe_names() -> list[str]:
@@ -151,6 +132,8 @@ def recipe_names() -> list[str]:
 
 def load_recipe(name: str) -> DistillSettings:
     """Settings of a recipe that ships with the package, or of a JSON file of the user's."""
+    from lawcat_edge.runtime.files import read_json, user_path
+
     path = RECIPES / f"{name}.json" if name in recipe_names() else user_path(name)
     if not path.is_file():
         raise LawcatError(

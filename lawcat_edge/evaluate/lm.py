@@ -15,6 +15,7 @@ import numpy as np
 import tokenizers
 
 from lawcat_edge.data.corpus import END_TOKENS, separator_ids
+from lawcat_edge.losses import to_numpy
 from lawcat_edge.runtime.files import read_bytes
 from lawcat_edge.runtime.generate.text import MAX_TOKENIZER
 from lawcat_edge.runtime.generate.text import load_tokenizer as parse_tokenizer
@@ -43,11 +44,6 @@ class LanguageModel(Protocol):
     def logits(self, ids: np.ndarray, chunk: int) -> Iterator[Any]:
         """ids [B,T] -> logits [B,≤chunk,V], chunk after chunk; each may be overwritten by the next."""
         ...
-
-
-def to_numpy(array: Any) -> np.ndarray:
-    """A numpy array, or a torch tensor of any device and type, as numpy."""
-    return array if isinstance(array, np.ndarray) else array.detach().float().cpu().numpy()
 
 
 def load_tokenizer(path: Path) -> tokenizers.Tokenizer:

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tokenizers
 
 from lawcat_edge.data.corpus import encode_parts, start_ids
 from lawcat_edge.data.readers import expand, read_parts
-from lawcat_edge.evaluate.lm import LanguageModel, to_numpy
+from lawcat_edge.evaluate.lm import LanguageModel
+from lawcat_edge.losses import token_losses
 from lawcat_edge.runtime.errors import LawcatError
 
 EDGES = (0, 1024, 2048, 4096, 8192, 16_384, 32_768, 65_536)
@@ -58,15 +60,15 @@ class PerplexityReport:
 
 
 def text_sequences(
-    files: Sequence[str | Path], model: LanguageModel, length: int, samples: int
+    files: Sequence[str | Path], tokenizer: tokenizers.Tokenizer, length: int, samples: int
 ) -> np.ndarray:
     """The first ``samples`` sequences of ``length`` ids of the files' text, documents joined by the
     separator: int32 [samples, length]. Raises LawcatError when the text is too short for one; fewer than
     ``samples`` may come back."""
     parts = (part for path in expand(files) for part in read_parts(path))
-    held = [np.asarray(start_ids(model.tokenizer), np.int32)]
+    held = [np.asarray(start_ids(tokenizer), np.int32)]
     size = len(held[0])
-    for _, ids in encode_parts(parts, model.tokenizer):
+    for _, ids in encode_parts(parts, tokenizer):
         held.append(ids)
         size += len(ids)
         if size >= samples * length:
@@ -78,41 +80,6 @@ def text_sequences(
             f"The text holds {size:,} tokens, less than one sequence of {length:,}; give more text."
         )
     return flat[: count * length].reshape(count, length)
-
-
-def token_losses(logits: Any, reference: Any | None, targets: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Per token of logits [B,t,V] and targets [B,t]: nll, KL(reference ‖ logits) and top-1 agreement (0,
-    1), [B,t] each.
-
-    On the device of torch tensors when both are, else in numpy and float64. Without a reference the last
-    two are zero.
-    """
-    if not isinstance(logits, np.ndarray) and not isinstance(reference, np.ndarray):
-        import torch
-
-        predicted = logits.float().log_softmax(-1)
-        wanted = torch.as_tensor(targets, dtype=torch.int64, device=logits.device)
-        nll = -predicted.gather(-1, wanted[..., None])[..., 0]
-        if reference is None:
-            zeros = np.zeros(targets.shape)
-            return nll.double().cpu().numpy(), zeros, zeros
-        known = reference.to(logits.device).float().log_softmax(-1)
-        kl = (known.exp() * (known - predicted)).sum(-1)
-        same = predicted.argmax(-1) == known.argmax(-1)
-        return tuple(x.double().cpu().numpy() for x in (nll, kl, same))
-    mine = _log_softmax(to_numpy(logits))
-    nll = -np.take_along_axis(mine, np.asarray(targets, np.int64)[..., None], -1)[..., 0]
-    if reference is None:
-        return nll, np.zeros(nll.shape), np.zeros(nll.shape)
-    theirs = _log_softmax(to_numpy(reference))
-    kl = (np.exp(theirs) * (theirs - mine)).sum(-1)
-    return nll, kl, (mine.argmax(-1) == theirs.argmax(-1)).astype(np.float64)
-
-
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    x = logits.astype(np.float64)
-    x -= x.max(-1, keepdims=True)
-    return x - np.log(np.exp(x).sum(-1, keepdims=True))
 
 
 def perplexity(
@@ -134,7 +101,7 @@ def perplexity(
     if samples < 1:
         raise LawcatError(f"Perplexity needs at least one sequence, not {samples}.")
     began = time.monotonic()
-    rows = text_sequences(files, model, length, samples)
+    rows = text_sequences(files, model.tokenizer, length, samples)
     losses: list[np.ndarray] = []
     for row in rows:
         if losses and deadline is not None and time.monotonic() > deadline:

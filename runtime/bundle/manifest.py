@@ -18,7 +18,18 @@ from typing import Any
 
 from lawcat_edge.runtime import files
 from lawcat_edge.runtime.bundle import hub, signature
+from lawcat_edge.runtime.bundle.flavours import FLAVOURS
 from lawcat_edge.runtime.bundle.graph_check import MAX_MODEL_BYTES, ModelSummary, check_model
+from lawcat_edge.runtime.bundle.limits import (
+    GEOMETRY,
+    LAYER_TYPES,
+    MAX_FEATURES,
+    MAX_SINKS,
+    MAX_SPAN,
+    MAX_TAPS,
+    MAX_WINDOW,
+    WINDOW_SCALINGS,
+)
 from lawcat_edge.runtime.bundle.span import Span
 from lawcat_edge.runtime.errors import CheckFailed, LawcatError
 
@@ -27,7 +38,6 @@ MANIFEST = "lawcat_bundle.json"
 # Since 4: attention sinks.
 FORMAT = 4
 READABLE = (3, 4)
-OPS = ("ort", "onnx", "portable")
 # The graphs a flavour may have, all over one weights file. last: logits of the last position; all: of every
 # position. step and chunk: as last, with B = 1 and a fixed T, for runtimes without dynamic shapes. genai: as
 # last, with the inputs that onnxruntime-genai gives; the runner here does not use it. ort_format: as last, in
@@ -39,19 +49,7 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 GENERATION_CONFIG = "generation_config.json"
 MAX_STATE_BYTES = 4 << 30
 
-# Every number of the geometry the runner works with, and the largest value it may have.
-_GEOMETRY_CAPS = {
-    "hidden_size": 1 << 17,
-    "num_layers": 1024,
-    "num_heads": 4096,
-    "num_kv_heads": 4096,
-    "head_dim": 4096,
-    "vocab_size": 1 << 22,
-}
-_LAWCAT_CAPS = {"conv_kernel": 16, "feature_dim": 1024}
-LAYER_TYPES = ("linear_attention", "full_attention")
-WINDOW_SCALINGS = ("max_score", "softmax")
-MAX_SPAN, MAX_SINKS = 1 << 24, 64
+_LAWCAT_CAPS = {"conv_kernel": MAX_TAPS, "feature_dim": MAX_FEATURES}
 TOKENS = "tokens"  # the axis of a buffer along which it grows
 
 
@@ -185,7 +183,7 @@ class Manifest:
             lawcat=reader.mapping("lawcat"),
             geometry=reader.mapping("geometry"),
             scheme=reader.text("scheme"),
-            ops=reader.items("ops", 1, len(OPS)),
+            ops=reader.items("ops", 1, len(FLAVOURS)),
             graphs=reader.mapping("graphs"),
             state=[_state_tensor(item, i) for i, item in enumerate(reader.items("state", 1, 8192))],
             tokens=reader.mapping("tokens"),
@@ -201,12 +199,12 @@ class Manifest:
 
     def _check_geometry(self) -> None:
         for data, where, caps in (
-            (self.geometry, "geometry", _GEOMETRY_CAPS),
+            (self.geometry, "geometry", GEOMETRY),
             (self.lawcat, "lawcat", _LAWCAT_CAPS),
         ):
             for key, cap in caps.items():
                 _whole(data.get(key), f"{where}.{key}", 1, cap)
-        _whole(self.lawcat.get("window", 0), "lawcat.window", 0, 8192)
+        _whole(self.lawcat.get("window", 0), "lawcat.window", 0, MAX_WINDOW)
         if type(self.lawcat.get("rope", False)) is not bool:
             raise _bad("lawcat.rope", "must be true or false")
         if self.lawcat.get("window_scaling", WINDOW_SCALINGS[0]) not in WINDOW_SCALINGS:
@@ -243,8 +241,8 @@ class Manifest:
             raise _bad("files", "lists two names that are one on some systems")
         if TOKENIZER not in self.files:
             raise _bad("files", f"does not list {TOKENIZER}")
-        if any(op not in OPS for op in self.ops) or len(set(self.ops)) != len(self.ops):
-            raise _bad("ops", f"must be some of {', '.join(OPS)}")
+        if any(op not in FLAVOURS for op in self.ops) or len(set(self.ops)) != len(self.ops):
+            raise _bad("ops", f"must be some of {', '.join(FLAVOURS)}")
         if set(self.graphs) != set(self.ops):
             raise _bad("graphs", "must have one entry for each of ops")
         for op, graph in self.graphs.items():
@@ -482,6 +480,11 @@ def write_manifest(folder: Path | str, manifest: Manifest, names: Iterable[str] 
         apart = (MANIFEST, signature.SIGNATURE)
         names = [p.name for p in folder.iterdir() if p.name not in apart and not p.name.startswith(".")]
     manifest.files = describe_files(folder, names)
+    return save_manifest(folder, manifest)
+
+
+def save_manifest(folder: Path, manifest: Manifest) -> Manifest:
+    """Check the manifest as a reader would and write it, with the files as it describes them."""
     checked = Manifest.from_dict(manifest.to_dict())
     files.write_json(folder / MANIFEST, checked.to_dict())
     return checked

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from lawcat_edge.runtime.bundle.flavours import ranked
 from lawcat_edge.runtime.bundle.graph_check import ModelSummary
 from lawcat_edge.runtime.bundle.manifest import Bundle, StateTensor
 from lawcat_edge.runtime.engine import rotary
@@ -351,7 +352,7 @@ class Engine:
 def _choose_flavour(bundle: Bundle, flavour: str | None) -> str:
     available = bundle.manifest.ops
     if flavour is None:
-        ordered = [op for op in ("ort", "portable", "onnx") if op in available]
+        ordered = ranked(available)
         installed, needed = _version(_onnxruntime().__version__), bundle.manifest.min_onnxruntime
         return next((op for op in ordered if installed >= _version(needed[op])), ordered[0])
     if flavour not in available:

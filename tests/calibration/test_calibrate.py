@@ -16,13 +16,14 @@ from tiny_teacher import write_corpus
 from lawcat_edge import cli
 from lawcat_edge.adapter import Adapter
 from lawcat_edge.calibration.calibrate import Calibration
-from lawcat_edge.calibration.comparison.divergence import token_kl
 from lawcat_edge.calibration.ranges import Ranges
 from lawcat_edge.config import LawcatConfig
 from lawcat_edge.evaluate.lm import BundleModel
 from lawcat_edge.export.products import input_grid
 from lawcat_edge.export.schemes import SCHEMES, Scheme, load_scheme
+from lawcat_edge.losses import token_kl
 from lawcat_edge.runtime.errors import LawcatError
+from lawcat_edge.student import Student
 
 WORDS = "bread and rope lay under the grey light while every boat spoke of rain and the sea took men "
 IDS = np.array([[1 + ord(letter) for letter in WORDS * 2]])  # not the calibration text, but like it
@@ -61,7 +62,7 @@ def kl(made: SimpleNamespace, folder: Path) -> float:
 
 def calibration(made: SimpleNamespace, folder: Path, **options: Any) -> Calibration:
     options = {"files": [made.text], "tokens": 2048, "threads": 1, **options}
-    return Calibration(made.teacher, made.adapter, made.adapter.config, folder, **options)
+    return Calibration(Student.of(made.teacher, made.adapter), folder, **options)
 
 
 def test_static_from_ranges_is_close_and_has_two_nodes_a_product(

@@ -17,11 +17,13 @@ from lawcat_edge.adapter import Adapter
 from lawcat_edge.calibration.comparison import bundles, measure
 from lawcat_edge.calibration.comparison import compare as comparing
 from lawcat_edge.calibration.comparison.report import pareto, ppl_change
-from lawcat_edge.calibration.comparison.settings import Settings, spread
+from lawcat_edge.calibration.comparison.settings import Settings
+from lawcat_edge.calibration.texts import spread
 from lawcat_edge.evaluate.lm import load_tokenizer
 from lawcat_edge.runtime.bundle.manifest import Bundle
 from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.runtime.files import read_json
+from lawcat_edge.student import Student
 
 SMALL = ["--length", "96", "--samples", "2", "--drift-length", "256", "--task-lengths", "600"]
 SMALL += ["--task-samples", "2", "--context", "32", "--decode-tokens", "4", "--threads", "1"]
@@ -60,9 +62,9 @@ def settings() -> Settings:
 def run(made: SimpleNamespace, out: Path, names: list[str], **options: Any) -> dict[str, Any]:
     adapter = Adapter.load(made.folder / "adapter")
     options = {"calibration": [str(made.text)], **options}
-    return comparing.Comparison(made.teacher, adapter, [made.text], out, settings(), **options).run(
-        names, with_peers=False
-    )
+    student = Student.of(made.teacher, adapter)
+    job = comparing.Comparison.of(student, [made.text], out, settings(), **options)
+    return comparing.compare(job, names, with_peers=False)
 
 
 def test_every_row_is_there_with_every_part(made: SimpleNamespace) -> None:
@@ -212,11 +214,11 @@ def test_another_text_is_measured_anew(made: SimpleNamespace, tmp_path: Path) ->
 
 
 def test_every_file_gives_its_share_of_the_sequences(made: SimpleNamespace, tmp_path: Path) -> None:
-    tokenizer = SimpleNamespace(tokenizer=load_tokenizer(made.teacher.tokenizer_path))
+    tokenizer = load_tokenizer(made.teacher.tokenizer_path)
     for name, letter in (("a", "a"), ("b", "b"), ("c", "c")):
         (tmp_path / f"{name}.txt").write_text(letter * (2000 if name != "c" else 10))
     files = [str(tmp_path / f"{name}.txt") for name in "abc"]
-    a, b = tokenizer.tokenizer.encode("ab").ids
+    a, b = tokenizer.encode("ab").ids
     assert spread(files[:2], tokenizer, 50, 3)[:, 25].tolist() == [a, a, b]
     assert spread(files, tokenizer, 50, 4)[:, 25].tolist() == [a, a, b, b]
     with pytest.raises(LawcatError, match="give more text"):
@@ -278,10 +280,9 @@ def test_mistakes_end_in_one_sentence_before_anything_is_made(
 
 def test_the_adapter_of_another_teacher_is_refused(made: SimpleNamespace, tmp_path: Path) -> None:
     other, _, _ = make_student(tmp_path / "other", seed=5)
+    adapter = Adapter.load(made.folder / "adapter")
     with pytest.raises(LawcatError, match="belongs to the teacher"):
-        comparing.Comparison(
-            other, Adapter.load(made.folder / "adapter"), [made.text], tmp_path / "out", settings()
-        )
+        comparing.Comparison.of(Student.of(other, adapter), [made.text], tmp_path / "out", settings())
 
 
 def row(name: str, size: int, kl: float | None, ppl: float = 2.0, kind: str = "scheme") -> dict[str, Any]:

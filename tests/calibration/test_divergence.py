@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lawcat_edge.calibration.comparison.divergence import Losses, text_losses, token_kl, token_nll
+from lawcat_edge.calibration.comparison.divergence import Losses, text_losses
 from lawcat_edge.calibration.comparison.measure import drift, summary
+from lawcat_edge.losses import token_kl, token_nll
 from lawcat_edge.runtime.errors import LawcatError
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -102,14 +103,13 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     """A student that forgets slowly, so that its state grows for a thousand tokens."""
     folder = tmp_path_factory.mktemp("ranges")
     config = LawcatConfig(feature_dim=8, window=request.param)
-    teacher, model, _ = make_student(folder / "teacher", config=config)
+    teacher, model, start = make_student(folder / "teacher", config=config)
     with torch.no_grad():
         for name, parameter in model.adapter_parameters().items():
             if name.endswith("gate_bias"):
                 parameter.fill_(4.0)
     tensors = {name: value.detach().numpy().copy() for name, value in model.adapter_parameters().items()}
-    adapter = SimpleNamespace(config=config, tensors=tensors, lora=None)
-    make_bundle(teacher, model, adapter, folder / "bundle")
+    make_bundle(teacher, model, replace(start, tensors=tensors), folder / "bundle")
     return SimpleNamespace(folder=folder / "bundle", model=model)
 
 

@@ -12,7 +12,7 @@ from tiny_adapter import make_adapter
 from lawcat_edge.adapter import GENERAL, Adapter
 from lawcat_edge.cli import run
 from lawcat_edge.commands.distill import plan
-from lawcat_edge.commands.progress import TrainingProgress, duration
+from lawcat_edge.commands.progress import Reporter, TrainingProgress, duration
 from lawcat_edge.distill.settings import DistillSettings
 
 
@@ -35,7 +35,7 @@ def test_the_time_comes_from_the_first_steps(
 ) -> None:
     clock = iter([100.0, 102.0, 104.0, 106.0])
     monkeypatch.setattr("lawcat_edge.commands.progress.time.monotonic", lambda: next(clock))
-    progress = TrainingProgress(None)
+    progress = TrainingProgress(Reporter(None, lines=False))
     for step in range(1, 5):
         progress({"stage": "transfer", "step": step, "steps": 403, "tokens": step * 512})
     assert capsys.readouterr().err.count("about 13 min at this speed") == 1

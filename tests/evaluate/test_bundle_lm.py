@@ -17,9 +17,11 @@ from lawcat_edge.config import LawcatConfig  # noqa: E402
 from lawcat_edge.evaluate.lm import BundleModel, greedy  # noqa: E402
 from lawcat_edge.evaluate.run import run_task  # noqa: E402
 from lawcat_edge.evaluate.torch_lm import StudentModel  # noqa: E402
-from lawcat_edge.export.exporter import export_bundle  # noqa: E402
+from lawcat_edge.export.exporter import ExportOptions, export_bundle  # noqa: E402
+from lawcat_edge.export.schemes import SCHEMES  # noqa: E402
 from lawcat_edge.model import load_student  # noqa: E402
 from lawcat_edge.runtime.errors import LawcatError  # noqa: E402
+from lawcat_edge.student import Student  # noqa: E402
 from lawcat_edge.teacher import resolve  # noqa: E402
 
 
@@ -39,16 +41,8 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         places["adapter"]
     )
     adapter = Adapter.load(places["adapter"])
-    export_bundle(
-        teacher.weights(),
-        teacher.geometry,
-        adapter.config,
-        adapter,
-        places["bundle"],
-        scheme="fp32",
-        tokenizer_files=teacher.folder,
-        source={"teacher": teacher.name, "teacher_sha256": teacher.sha256, "adapter_sha256": adapter.sha256},
-    )
+    options = ExportOptions(scheme=SCHEMES["fp32"])
+    export_bundle(Student.of(teacher, adapter), places["bundle"], options)
     return places
 
 

@@ -28,9 +28,9 @@ from lawcat_edge.evaluate.perplexity import (
     perplexity,
     sequence_losses,
     text_sequences,
-    token_losses,
 )
 from lawcat_edge.evaluate.run import TaskReport, cell_prompts, run_task
+from lawcat_edge.losses import token_losses
 from lawcat_edge.runtime.errors import LawcatError
 
 
@@ -349,7 +349,7 @@ def test_buckets_split_the_positions(tmp_path: Path) -> None:
         (1024, 2048, 3 * 1024),
         (2048, 2500, 3 * 452),
     ]
-    rows = text_sequences([path], model, 2500, 3)
+    rows = text_sequences([path], model.tokenizer, 2500, 3)
     losses = np.stack([sequence_losses(model, teacher, row, 2500) for row in rows])
     assert report.overall.nll == pytest.approx(losses[:, 0].mean())
     assert report.overall.perplexity == pytest.approx(math.exp(losses[:, 0].mean()))
@@ -383,7 +383,7 @@ def test_text_sequences_are_the_text(tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text(prose(50) + "\n\f\n" + prose(60), encoding="utf-8")
     model = Bigram(0)
-    flat = text_sequences([path], model, 100, 1000).ravel()
+    flat = text_sequences([path], model.tokenizer, 100, 1000).ravel()
     ids = [*model.tokenizer.encode(prose(50)).ids, 0, *model.tokenizer.encode(prose(60)).ids, 0]
     assert flat.tolist() == ids[: len(flat)]
     assert len(ids) - len(flat) < 100

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +20,20 @@ from lawcat_edge.adapter import Adapter
 from lawcat_edge.cli import run
 from lawcat_edge.config import LawcatConfig
 from lawcat_edge.export import layout
-from lawcat_edge.export.exporter import MIN_ONNXRUNTIME, export_bundle
+from lawcat_edge.export.exporter import ExportOptions, export_bundle
 from lawcat_edge.export.rotation import Rotation
 from lawcat_edge.export.rounding import nearest
 from lawcat_edge.export.schemes import SCHEMES, Product, Scheme, load_scheme
 from lawcat_edge.export.verify import compare, cut, replay
 from lawcat_edge.export.writer import DataWriter
 from lawcat_edge.families import Geometry
+from lawcat_edge.runtime.bundle.flavours import FLAVOURS as KNOWN
 from lawcat_edge.runtime.bundle.manifest import Bundle, write_manifest
 from lawcat_edge.runtime.bundle.verify import verify
 from lawcat_edge.runtime.engine.session import Engine, _version
 from lawcat_edge.runtime.errors import CheckFailed, LawcatError
-from lawcat_edge.teacher import resolve
+from lawcat_edge.student import Student
+from lawcat_edge.teacher import Teacher, resolve
 from lawcat_edge.weights import RandomWeights
 
 FLAVOURS = ("ort", "onnx", "portable")
@@ -43,7 +45,7 @@ def test_flavours_agree(tmp_path: Path, scheme: str, settings: dict[str, Any]) -
     config = LawcatConfig(feature_dim=8, **settings)
     teacher, model, adapter = make_student(tmp_path / "t", config=config, num_key_value_heads=3)
     here = _version(onnxruntime.__version__)
-    flavours = tuple(op for op in FLAVOURS if _version(MIN_ONNXRUNTIME[op]) <= here)
+    flavours = tuple(op for op in FLAVOURS if _version(KNOWN[op].min_onnxruntime) <= here)
     report = make_bundle(teacher, model, adapter, tmp_path / "b", scheme=scheme, ops=flavours)
     limit = 3e-5 if scheme == "fp32" else 0.7
     assert all(report["parity"][flavour]["rel_err"] < limit for flavour in flavours), report["parity"]
@@ -66,7 +68,7 @@ def test_flavours_widen_tensors_stored_in_float16(tmp_path: Path, monkeypatch: p
             parameter.copy_(parameter.half().float())
             adapter.tensors[name] = parameter.numpy().copy()
     here = _version(onnxruntime.__version__)
-    known = tuple(op for op in FLAVOURS if _version(MIN_ONNXRUNTIME[op]) <= here)
+    known = tuple(op for op in FLAVOURS if _version(KNOWN[op].min_onnxruntime) <= here)
     report = make_bundle(teacher, model, adapter, tmp_path / "b", ops=known)
     assert all(agreement["rel_err"] < 3e-5 for agreement in report["parity"].values()), report["parity"]
     graph = onnx.load(tmp_path / "b" / "model_portable.onnx", load_external_data=False).graph
@@ -346,24 +348,21 @@ def test_large_model_needs_little_memory(tmp_path: Path) -> None:
 
     geometry = Geometry("mistral", 512, 6, 8, 2, 64, 2048, 4096, False, 1e-5, 1e4)
     teacher, _, _ = make_student(tmp_path / "t")
-    export_bundle(  # trace outside of what is measured
-        RandomWeights(geometry),
-        geometry,
-        LawcatConfig(),
-        None,
-        tmp_path / "b",
-        tokenizer_files=teacher.folder,
-    )
+
+    @dataclass(frozen=True)
+    class Random(Teacher):
+        seed: int = 0
+
+        def weights(self) -> RandomWeights:
+            return RandomWeights(self.geometry, self.seed)
+
+    def student(seed: int) -> Student:
+        return Student.of(Random("random", teacher.folder, "0" * 64, geometry, seed), config=LawcatConfig())
+
+    # trace outside of what is measured
+    export_bundle(student(0), tmp_path / "b", ExportOptions())
     tracemalloc.start()
-    report = export_bundle(
-        RandomWeights(geometry, seed=1),
-        geometry,
-        LawcatConfig(),
-        None,
-        tmp_path / "c",
-        tokenizer_files=teacher.folder,
-        verify=False,
-    )
+    report = export_bundle(student(1), tmp_path / "c", ExportOptions(verify=False))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert report["bytes"] > 26_000_000
@@ -382,9 +381,7 @@ def test_cut_and_compare() -> None:
 def test_untrained_bundle_runs_and_rejects_nothing(tmp_path: Path) -> None:
     teacher, _, _ = make_student(tmp_path / "t")
     config = LawcatConfig(feature_dim=8)
-    export_bundle(
-        teacher.weights(), teacher.geometry, config, None, tmp_path / "b", tokenizer_files=teacher.folder
-    )
+    export_bundle(Student.of(teacher, config=config), tmp_path / "b", ExportOptions())
     engine = Engine(Bundle.open(tmp_path / "b"))
     tokens = np.arange(50)
     assert np.isfinite(replay(engine, tokens, [20, 30])).all()

@@ -17,8 +17,8 @@ from tiny_bundle import rewrite_manifest
 
 from lawcat_edge.config import LawcatConfig
 from lawcat_edge.export import mobile
-from lawcat_edge.export.exporter import MIN_ONNXRUNTIME
 from lawcat_edge.runtime import Bundle, Engine, LawcatError, Model
+from lawcat_edge.runtime.bundle.flavours import FLAVOURS as KNOWN
 from lawcat_edge.runtime.bundle.manifest import describe_files
 from lawcat_edge.runtime.bundle.verify import verify
 from lawcat_edge.runtime.engine import rotary
@@ -144,7 +144,7 @@ def test_a_file_of_the_oldest_onnxruntime_runs_in_the_newest(
     """The rule of docs/mobile.md: write with the version that the app ships, or an older one."""
     import subprocess
 
-    python = environment(pytestconfig, f"onnxruntime=={MIN_ONNXRUNTIME['ort']}", "numpy<3", *RUNNER)
+    python = environment(pytestconfig, f"onnxruntime=={KNOWN['ort'].min_onnxruntime}", "numpy<3", *RUNNER)
     script = """
 import sys, onnxruntime
 options = onnxruntime.SessionOptions()

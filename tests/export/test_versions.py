@@ -12,7 +12,7 @@ from environments import RUNNER, environment, run
 from exported import make_bundle, make_student
 
 from lawcat_edge.config import LawcatConfig
-from lawcat_edge.export.exporter import MIN_ONNXRUNTIME
+from lawcat_edge.runtime.bundle.flavours import FLAVOURS as KNOWN
 
 PROMPT = list(range(40, 60))
 HYBRID = {"layer_types": ("linear_attention", "full_attention"), "attention_span": 15}
@@ -77,8 +77,8 @@ def greedy(python: Path, bundle: Path, flavours: str) -> Any:
 @pytest.mark.parametrize(
     ("version", "numpy", "runs", "refuses"),
     [
-        (MIN_ONNXRUNTIME["portable"], "numpy<2", ["portable"], ["ort", "onnx"]),
-        (MIN_ONNXRUNTIME["ort"], "numpy<3", ["ort", "portable"], ["onnx"]),
+        (KNOWN["portable"].min_onnxruntime, "numpy<2", ["portable"], ["ort", "onnx"]),
+        (KNOWN["ort"].min_onnxruntime, "numpy<3", ["ort", "portable"], ["onnx"]),
     ],
 )
 def test_the_oldest_onnxruntime_gives_the_tokens_of_the_newest(

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from tiny_teacher import make_teacher
 
+from lawcat_edge.adapter import Adapter
 from lawcat_edge.config import LawcatConfig
-from lawcat_edge.export.exporter import export_bundle
+from lawcat_edge.export.exporter import ExportOptions, export_bundle
+from lawcat_edge.export.schemes import load_scheme
 from lawcat_edge.model import LawcatModel, load_student
+from lawcat_edge.student import Student
 from lawcat_edge.teacher import Teacher, resolve
 
 
@@ -23,7 +25,7 @@ def make_student(
     lora: int = 0,
     start: int = 0,
     **changes: Any,
-) -> tuple[Teacher, LawcatModel, SimpleNamespace]:
+) -> tuple[Teacher, LawcatModel, Adapter]:
     """A teacher, a student with every new parameter away from its start (of that seed), and that as an
     adapter."""
     teacher = resolve(make_teacher(folder, family, **changes))
@@ -36,7 +38,7 @@ def make_student(
         for parameter in model.adapter_parameters().values():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
     tensors = {name: value.detach().numpy().copy() for name, value in model.adapter_parameters().items()}
-    return teacher, model, SimpleNamespace(config=config, tensors=tensors, lora=model.lora)
+    return teacher, model, Adapter(config, teacher.geometry, "tiny", teacher.sha256, tensors, model.lora)
 
 
 def logits_of(model: LawcatModel, tokens: np.ndarray) -> np.ndarray:
@@ -45,16 +47,10 @@ def logits_of(model: LawcatModel, tokens: np.ndarray) -> np.ndarray:
 
 
 def make_bundle(
-    teacher: Teacher, model: LawcatModel, adapter: SimpleNamespace, out: Path, **options: Any
+    teacher: Teacher, model: LawcatModel, adapter: Adapter, out: Path, **options: Any
 ) -> dict[str, Any]:
+    """options: fields of ExportOptions; the scheme may be a name."""
     options = {"scheme": "fp32", "reference": lambda tokens: logits_of(model, tokens), **options}
-    return export_bundle(
-        teacher.weights(),
-        teacher.geometry,
-        adapter.config,
-        adapter,
-        out,
-        tokenizer_files=teacher.folder,
-        source={"teacher": teacher.name, "teacher_sha256": teacher.sha256},
-        **options,
-    )
+    if isinstance(options["scheme"], str):
+        options["scheme"] = load_scheme(options["scheme"])
+    return export_bundle(Student.of(teacher, adapter), out, ExportOptions(**options))

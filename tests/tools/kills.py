@@ -39,11 +39,12 @@ from lawcat_edge.adapter import Adapter  # noqa: E402
 from lawcat_edge.calibration.comparison.settings import Settings  # noqa: E402
 from lawcat_edge.distill.run import distill  # noqa: E402
 from lawcat_edge.distill.settings import DistillSettings  # noqa: E402
-from lawcat_edge.export.exporter import export_bundle  # noqa: E402
+from lawcat_edge.export.exporter import ExportOptions, export_bundle  # noqa: E402
 from lawcat_edge.runtime import Model  # noqa: E402
 from lawcat_edge.runtime.bundle.manifest import Bundle  # noqa: E402
 from lawcat_edge.runtime.bundle.verify import verify  # noqa: E402
 from lawcat_edge.runtime.files import read_json, write_json  # noqa: E402
+from lawcat_edge.student import Student  # noqa: E402
 from lawcat_edge.teacher import resolve  # noqa: E402
 
 SMALL = {"transfer_tokens": 256, "finetune_tokens": 256, "seq_len": 64, "finetune_seq_len": 64, "window": 4}
@@ -147,11 +148,7 @@ class ExportTask(Task):
     def run(self) -> str:
         teacher = resolve(self.base / "teacher")
         adapter = Adapter.load(self.base / "adapter")
-        export_bundle(
-            teacher.weights(), teacher.geometry, adapter.config, adapter, self.place / "bundle",
-            scheme="int8", tokenizer_files=teacher.folder,
-            source={"teacher": "toy", "teacher_sha256": teacher.sha256, "adapter_sha256": adapter.sha256},
-        )  # fmt: skip
+        export_bundle(Student.of(teacher, adapter), self.place / "bundle", ExportOptions())
         return self.look()
 
     def look(self) -> str:
@@ -166,10 +163,9 @@ class CompareTask(Task):
     def run(self) -> str:
         settings = Settings(96, 1, 256, 1, (600,), 1, 32, 4, 1)
         teacher, adapter = resolve(self.base / "teacher"), Adapter.load(self.base / "adapter")
-        comparison = comparing.Comparison(
-            teacher, adapter, [self.base / "text.txt"], self.place / "out", settings
-        )
-        write_json(self.place / "out" / "report.json", comparison.run(["fp32", "int8"], with_peers=False))
+        out = self.place / "out"
+        job = comparing.Comparison.of(Student.of(teacher, adapter), [self.base / "text.txt"], out, settings)
+        write_json(out / "report.json", comparing.compare(job, ["fp32", "int8"], with_peers=False))
         return self.look()
 
     def look(self) -> str:
