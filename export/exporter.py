@@ -70,6 +70,7 @@ def export_bundle(
     progress: Progress | None = None,
     sign_with: Any | None = None,
     sampling: Mapping[str, Any] | None = None,
+    short_text: Callable[[Path], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Write the bundle ``out`` (a folder, replaced as a whole) and return a report.
 
@@ -84,6 +85,8 @@ def export_bundle(
     rounded to nearest.
     sampling: temperature, top_k, top_p, min_p, repetition_penalty for generation_config.json; what is left
     out is as the adapter or else the teacher has it.
+    short_text: the losses of the bundle in a folder and of its teacher on a short text, for the manifest's
+    source; asked once, after the verification.
     progress: called with (what, done, total). sign_with: a key of ``signature.load_private_key``.
 
     Raises CheckFailed when the bundle is further from the reference than the scheme allows, LawcatError for
@@ -159,6 +162,10 @@ def export_bundle(
                 )
                 manifest.parity = manifest.parity or parity
             write_manifest(staging, manifest)
+        if short_text is not None:
+            report("short text", 0, 1)
+            manifest.source["short_text"] = short_text(staging)
+            write_manifest(staging, manifest)
         (staging / SIGNATURE).unlink(missing_ok=True)  # of a killed export
         if sign_with is not None:
             sign(staging, MANIFEST, sign_with)
@@ -177,6 +184,7 @@ def export_bundle(
         "files": sizes,
         "nodes_per_layer": nodes,
         "state_bytes": manifest.state_bytes(),
+        "short_text": manifest.source.get("short_text"),
         "seconds": round(time.perf_counter() - begun, 2),
         "parity": {
             flavour: asdict(agreement) if agreement else None for flavour, agreement in measured.items()

@@ -86,6 +86,7 @@ def export(
     """
     from lawcat_edge.adapter import Adapter
     from lawcat_edge.calibration.ranges import Ranges
+    from lawcat_edge.evaluate import short_text
     from lawcat_edge.export.exporter import export_bundle
     from lawcat_edge.export.schemes import load_scheme
     from lawcat_edge.runtime.bundle.hub import check_name
@@ -129,6 +130,7 @@ def export(
                 "teacher": source.name,
                 "teacher_sha256": source.sha256,
                 "adapter_sha256": loaded.sha256 if loaded is not None else None,
+                "trained_tokens": loaded.trained_tokens if loaded is not None else None,
             },
             name=name,
             verify=verify,
@@ -136,9 +138,12 @@ def export(
             progress=progress,
             sign_with=key,
             sampling=sampling,
+            short_text=(lambda folder: short_text.against_teacher(folder, source)) if verify else None,
             **needed,
         )
-    report["warning"] = loaded.warning() if loaded is not None else "no adapter: an untrained conversion"
+    measured = report["short_text"]
+    few = loaded.warning() if loaded is not None else "no adapter: an untrained conversion"
+    report["warning"] = "; ".join(filter(None, [few, short_text.warning(measured)])) or None
     if push is not None:
         from lawcat_edge.export.push import push as upload
 
@@ -155,6 +160,8 @@ def export(
                 f"{flavour} against torch: relative error {parity['rel_err']:.1e}, KL {parity['kl']:.1e}, "
                 f"same best token {parity['top1']:.1%}"
             )
+    if measured is not None:
+        print(short_text.describe(measured))
     if report["warning"]:
         print(f"WARNING: {report['warning']}")
     if push is not None:
