@@ -142,13 +142,13 @@ def _add_known_templates(corpus: Path) -> None:
         (corpus / hashlib.sha256(data).hexdigest()[:16]).write_bytes(data)
 
 
-def keep(work: Path, largest: int = 4096) -> dict[str, int]:
+def keep(work: Path, names: list[str], largest: int = 4096) -> dict[str, int]:
     """Add to tests/fuzz_corpus/ what reaches lines that nothing kept before reaches, the shortest first."""
     sys.path[:0] = PATHS
     import fuzz_targets
 
     kept = {}
-    for name in NAMES:
+    for name in names:
         reached: set[tuple[str, int, int]] = set()
         for path in sorted((KEPT / name).iterdir()):
             reached |= lines_of(fuzz_targets.TARGETS[name], path.read_bytes())
@@ -201,10 +201,10 @@ def main() -> None:
     if given.one:
         fuzz_one(given.one, given.work, given.options)
         return
-    if given.keep:
-        print(json.dumps({"kept": keep(given.work)}))
-        return
     names = given.targets.split(",")
+    if given.keep:
+        print(json.dumps({"kept": keep(given.work, names)}))
+        return
     share = given.seconds / len(names)
     with ThreadPoolExecutor(given.lanes) as pool:
         results = list(pool.map(lambda name: fuzz_for(name, share, given.work), names))
