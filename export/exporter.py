@@ -131,6 +131,7 @@ def export_bundle(
             report("ort format", 0, 1)
             flavour = mobile.ort_flavour(ops)
             mobile.write_ort(staging, graphs[flavour]["last"])
+            mobile.write_turns(staging)
             graphs[flavour]["ort_format"] = mobile.GRAPH
         best = genai_flavour(ops)
         if genai.needs_own_graph(config):
