@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -62,6 +62,8 @@ class ExportOptions:
     rounded to nearest.
     sampling: temperature, top_k, top_p, min_p, repetition_penalty for generation_config.json; what is left
     out is as the adapter or else the teacher has it.
+    short_text: the losses of the bundle in a folder and of its teacher on a short text, for the manifest's
+    source; asked once, after the verification.
     sign_with: a key of ``signature.load_private_key``. progress: called with (what, done, total).
     """
 
@@ -74,6 +76,7 @@ class ExportOptions:
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     rounder_of: RounderOf | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
+    short_text: Callable[[Path], dict[str, Any]] | None = None
     sign_with: Any | None = None
     progress: Progress = quiet
 
@@ -100,6 +103,10 @@ def export_bundle(student: Student, out: Path | str, options: ExportOptions) -> 
         nodes = _write_graphs(layout, staging, stored, options.ops)
         manifest = _complete(student, staging, options.name or out.name, options)
         measured = _verify(staging, manifest, options)
+        if options.short_text is not None:
+            options.progress("short text", 0, 1)
+            manifest.source["short_text"] = options.short_text(staging)
+            save_manifest(staging, manifest)
         if options.sign_with is not None:
             sign(staging, MANIFEST, options.sign_with)
         # The journal stays until all is done, so that a kill before does not repeat what was stored.
@@ -117,6 +124,7 @@ def export_bundle(student: Student, out: Path | str, options: ExportOptions) -> 
         "files": sizes,
         "nodes_per_layer": nodes,
         "state_bytes": manifest.state_bytes(),
+        "short_text": manifest.source.get("short_text"),
         "seconds": round(time.perf_counter() - begun, 2),
         "parity": {
             flavour: asdict(agreement) if agreement else None for flavour, agreement in measured.items()
@@ -154,6 +162,7 @@ def _complete(student: Student, folder: Path, name: str, options: ExportOptions)
         options.progress("ort format", 0, 1)
         flavour = mobile.ort_flavour(ops)
         mobile.write_ort(folder, graphs[flavour]["last"])
+        mobile.write_turns(folder)
         graphs[flavour]["ort_format"] = mobile.GRAPH
     best = ranked(ops)[0]  # which onnxruntime-genai gets
     if genai.needs_own_graph(config):

@@ -47,6 +47,13 @@ MAX_BYTES = 1 << 33
 LITTLE_TOKENS = 1_000_000  # the published adapters were trained on millions
 
 
+def little_training(tokens: int | None) -> str | None:
+    """What to say of so many tokens of training, where these are next to nothing."""
+    if tokens is None or tokens >= LITTLE_TOKENS:
+        return None
+    return f"trained on {tokens:,} tokens only, below {LITTLE_TOKENS:,}: it will hardly write sense"
+
+
 @dataclass(frozen=True)
 class Adapter:
     """Trained parameters of a LAWCAT student, as float32 arrays, with what they belong to."""
@@ -121,10 +128,7 @@ class Adapter:
 
     def warning(self) -> str | None:
         """What a user should know before trusting it, if it was trained on next to nothing."""
-        tokens = self.trained_tokens
-        if tokens is None or tokens >= LITTLE_TOKENS:
-            return None
-        return f"trained on {tokens:,} tokens only, below {LITTLE_TOKENS:,}: it will hardly write sense"
+        return little_training(self.trained_tokens)
 
     def expected_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor this adapter must hold, with its shape."""

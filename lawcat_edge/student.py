@@ -90,6 +90,7 @@ class Student:
             "teacher": self.teacher.name,
             "teacher_sha256": self.teacher.sha256,
             "adapter_sha256": self.adapter_sha256,
+            "trained_tokens": None if self.adapter is None else self.adapter.trained_tokens,
         }
 
     @property

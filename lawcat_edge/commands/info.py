@@ -43,17 +43,23 @@ def info(
 
 
 def _bundle(folder: Path) -> dict[str, Any]:
+    from lawcat_edge.adapter import little_training
+    from lawcat_edge.evaluate import short_text
     from lawcat_edge.runtime.bundle.manifest import Bundle, state_sizes
 
     bundle = Bundle.open(folder, check_hashes=False)
     manifest = bundle.manifest
     parity = manifest.parity
+    # Bundles of earlier versions note neither.
+    said = [little_training(manifest.source.get("trained_tokens"))]
+    said.append(short_text.warning(manifest.source.get("short_text")))
     return {
         "kind": "bundle",
         "name": manifest.name,
         "created_by": manifest.created_by,
         "sha256": bundle.sha256,
         "source": manifest.source,
+        "warning": "; ".join(filter(None, said)) or None,
         "scheme": manifest.scheme,
         "ops": manifest.ops,
         "min_onnxruntime": manifest.min_onnxruntime,
@@ -98,6 +104,7 @@ def _adapter(folder: Path) -> dict[str, Any]:
 
 
 def _show(document: dict[str, Any]) -> None:
+    from lawcat_edge.evaluate import short_text
     from lawcat_edge.runtime.bundle.manifest import describe_state
 
     source, geometry, lawcat = document["source"], document["geometry"], document["lawcat"]
@@ -133,10 +140,12 @@ def _show(document: dict[str, Any]) -> None:
                 f"  against torch, {parity['tokens']} tokens: KL {parity['kl']:.2e}, "
                 f"largest relative error {parity['max_rel_err']:.2e}"
             )
+        if source.get("short_text"):
+            print(f"  writes    {short_text.describe(source['short_text'])}")
     else:
         print(f"  adds      {document['parameters']:,} parameters")
-        if document["warning"]:
-            print(f"  WARNING   {document['warning']}")
+    if document["warning"]:
+        print(f"  WARNING   {document['warning']}")
     print(f"  state     {describe_state(document['state_bytes'])}")
     print(f"  files     {document['bytes'] / 1e6:,.1f} MB")
     for name, size in sorted(document["files"].items(), key=lambda item: -item[1]):

@@ -95,7 +95,12 @@ class Parity:
 
 @dataclass
 class Manifest:
-    """What lawcat_bundle.json says. An exporter builds one and calls ``write_manifest``."""
+    """What lawcat_bundle.json says. An exporter builds one and calls ``write_manifest``.
+
+    source: "teacher", "teacher_sha256", "adapter_sha256" (None: an untrained conversion), and where they are
+    known "trained_tokens" of the adapter and "short_text", the mean loss in nats of the bundle and of its
+    teacher on a short text ({"tokens", "loss", "teacher_loss"}).
+    """
 
     name: str
     created_by: str
@@ -279,6 +284,15 @@ class Manifest:
         _hex256(self.source.get("teacher_sha256"), "source.teacher_sha256")
         if self.source.get("adapter_sha256") is not None:
             _hex256(self.source["adapter_sha256"], "source.adapter_sha256")
+        if self.source.get("trained_tokens") is not None:
+            _whole(self.source["trained_tokens"], "source.trained_tokens", 0, 1 << 53)
+        measured = self.source.get("short_text")
+        if measured is not None:
+            if not isinstance(measured, dict) or set(measured) != {"tokens", "loss", "teacher_loss"}:
+                raise _bad("source.short_text", "must give tokens, loss and teacher_loss")
+            _whole(measured["tokens"], "source.short_text.tokens", 1, 1 << 24)
+            for name in ("loss", "teacher_loss"):
+                _real(measured[name], f"source.short_text.{name}", 0, 1e6)
         if self.tokens.get("bos") is not None:
             _whole(self.tokens["bos"], "tokens.bos", 0, self.vocab_size - 1)
         eos = self.tokens.get("eos")

@@ -50,6 +50,10 @@ class Context:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def __bool__(self) -> bool:
+        """True, without tokens too: ``context or another`` must not drop one that is still empty."""
+        return True
+
     def fork(self) -> Context:
         """An independent copy: many questions on one document that was read once."""
         other = Context(self.state.copy())

@@ -314,7 +314,15 @@ class _Service:
         asked = parse(body, self.options.max_tokens, self.defaults)
         tokenizer = self.model.tokenizer
         if asked.chat:
-            text = self.model.template.render(asked.messages, **asked.template)
+            template = self.model.template
+            called = next((i for i, told in enumerate(asked.messages) if told.get("tool_calls")), None)
+            if called is not None and not template.knows_tool_calls:
+                raise BadRequest(
+                    "This model's chat template has no tool calls; leave them and their results out.",
+                    f"messages[{called}].tool_calls",
+                    "unsupported_parameter",
+                )
+            text = template.render(asked.messages, **asked.template)
             prompts = [tokenizer.encode(text, special=False)]
         else:
             prompts = [self.model.encode(prompt) for prompt in asked.prompts]

@@ -60,11 +60,12 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "prompt_logprobs": (),
     "image_data": ([],),
 }
-_ROLES = {"developer": "system"}
+_ROLES = {"developer": "system", "function": "tool"}
 _MESSAGE_TEXTS = (
     "name",
     "reasoning_content",
     "reasoning",
+    "tool_call_id",
 )  # what templates may ask of a message beside its content
 _OWN_VARIABLES = ("messages", "add_generation_prompt", "tools", "documents")
 
@@ -129,7 +130,7 @@ def parse_chat(body: dict[str, Any], max_tokens: int, defaults: SamplingOptions 
         _request(body, min(CHAT_TOKENS, max_tokens), max_tokens, top if wanted else None, defaults),
         _flag(body, "stream"),
         _include_usage(body),
-        messages=[_message(message, i) for i, message in enumerate(messages)],
+        messages=_messages(messages),
         template=_template(body),
     )
 
@@ -237,30 +238,74 @@ def _template(body: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _message(message: Any, index: int) -> Message:
-    param = f"messages[{index}]"
+def _messages(given: list[Any]) -> list[Message]:
+    """The conversation; it may hold calls of tools, which a client had elsewhere."""
+    messages: list[Message] = []
+    called = False  # whether the last answer called tools, whose results come next
+    for i, message in enumerate(given):
+        made = _message(message, f"messages[{i}]")
+        if made["role"] == "tool" and not called:
+            raise BadRequest(
+                "A message with the role 'tool' must follow one with 'tool_calls'.", f"messages[{i}]"
+            )
+        called = bool(made.get("tool_calls")) or (called and made["role"] == "tool")
+        messages.append(made)
+    return messages
+
+
+def _message(message: Any, param: str) -> Message:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise BadRequest('Every message must be an object with "role" and "content".', param)
-    if message.get("tool_calls") or message.get("function_call") or message["role"] in ("tool", "function"):
-        raise BadRequest("Tools are not supported.", param, "unsupported_parameter")
+    role = _ROLES.get(message["role"], message["role"])
+    calls = _tool_calls(message, param)
+    if calls and role != "assistant":
+        raise BadRequest("Only a message of the assistant can hold tool_calls.", f"{param}.tool_calls")
     content = message.get("content")
     if isinstance(content, list):
-        texts = []
-        for part in content:
-            if (
-                not isinstance(part, dict)
-                or part.get("type") != "text"
-                or not isinstance(part.get("text"), str)
-            ):
-                raise BadRequest(
-                    "Only text content is supported.", f"{param}.content", "unsupported_parameter"
-                )
-            texts.append(part["text"])
-        content = "".join(texts)
-    if not isinstance(content, str):
+        content = "".join(_part(part, param) for part in content)
+    elif content is None and role == "assistant" and isinstance(message.get("refusal"), str):
+        content = message["refusal"]
+    if not isinstance(content, str) and not (content is None and calls):
         raise BadRequest('The "content" of every message must be text.', f"{param}.content")
-    more = {key: message[key] for key in _MESSAGE_TEXTS if isinstance(message.get(key), str)}
-    return {**more, "role": _ROLES.get(message["role"], message["role"]), "content": content}
+    made: Message = {key: message[key] for key in _MESSAGE_TEXTS if isinstance(message.get(key), str)}
+    made |= {"role": role, "content": content}
+    return made | ({"tool_calls": calls} if calls else {})
+
+
+def _part(part: Any, param: str) -> str:
+    """The text of one part of a message's content."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    text = part.get(kind) if kind in ("text", "refusal") else None
+    if not isinstance(text, str):
+        raise BadRequest("Only text content is supported.", f"{param}.content", "unsupported_parameter")
+    return text
+
+
+def _tool_calls(message: dict[str, Any], param: str) -> list[dict[str, Any]]:
+    """The calls of an earlier answer, as templates read them: arguments as an object, not as its JSON."""
+    calls = message.get("tool_calls") or []
+    if not calls and message.get("function_call"):  # the API's name for one call, before there were several
+        calls = [{"type": "function", "function": message["function_call"]}]
+    if not isinstance(calls, list):
+        raise BadRequest("tool_calls must be a list.", f"{param}.tool_calls")
+    made = []
+    for call in calls:
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise BadRequest(
+                'Every tool call must be an object with a "function" that has a "name".',
+                f"{param}.tool_calls",
+            )
+        arguments = function.get("arguments") or "{}"
+        if isinstance(arguments, str):
+            try:
+                arguments = files.parse_json(arguments.encode("utf-8", "surrogatepass"), "arguments")
+            except LawcatError as error:
+                raise BadRequest(
+                    "The arguments of a tool call must be JSON.", f"{param}.tool_calls"
+                ) from error
+        made.append({**call, "function": {**function, "arguments": arguments}})
+    return made
 
 
 def _refuse_unsupported(body: dict[str, Any]) -> None:

@@ -44,6 +44,8 @@ class ChatTemplate:
                 f"The chat template is not valid: {_short(error)}; export the bundle again."
             ) from error
         self._tokens = dict(tokens or {})
+        # One that does not name them would leave them out without a word.
+        self.knows_tool_calls = "tool_calls" in source
 
     def render(
         self,

@@ -123,6 +123,14 @@ def test_a_missing_llama_cpp_or_gguf_is_a_row_that_says_so(made: SimpleNamespace
     assert said.startswith(("llama-cpp-python is not installed", "The teacher is no GGUF file"))
 
 
+def test_absent_peers_take_one_line_of_a_table(made: SimpleNamespace) -> None:
+    text = (made.out / "report.md").read_text()
+    both = [line for line in text.splitlines() if "gguf-q8_0" in line]
+    assert [line.split(",")[1].split()[0] for line in both] == ["gguf-q4_0"] * 3  # two tables, what failed
+    assert sum("is not installed" in line or "is no GGUF" in line for line in both) == 1
+    assert len([line for line in text.splitlines() if "gguf-q4_0" in line]) == 3
+
+
 def test_markdown_and_picture(made: SimpleNamespace) -> None:
     text = (made.out / "report.md").read_text()
     assert text.count("| int8 ") == 3  # quality, cost, drift

@@ -18,6 +18,7 @@ from tiny_teacher import make_teacher
 
 from lawcat_edge import __version__
 from lawcat_edge.runtime import Bundle
+from lawcat_edge.teacher import EMBEDDED
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOMS = ("lawcat_edge", "export", "runtime", "calibration")
@@ -103,6 +104,18 @@ def test_the_wheel_holds_every_source_file_and_nothing_else(wheel: Path) -> None
         (licence,) = (name for name in archive.namelist() if name.endswith("/LICENSE"))
         assert b"Apache License" in archive.read(licence)
     assert held == wanted
+
+
+def test_no_extra_compiles_llama_cpp(wheel: Path) -> None:
+    """The wheel of the demo's teacher requires it, so that one is fetched alone, the same everywhere."""
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
+        stated = archive.read(name).decode()
+    required = [line for line in stated.splitlines() if line.startswith("Requires-Dist:")]
+    assert len(required) > 20
+    assert not [line for line in required if "llm" in line.lower() or "llama" in line.lower()]
+    for file in ("README.md", "Makefile"):
+        assert f"--no-deps {EMBEDDED}" in (ROOT / file).read_text()
 
 
 def test_every_module_imports_from_the_installed_wheel(python: Path, tmp_path: Path) -> None:

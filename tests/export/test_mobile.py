@@ -11,8 +11,10 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from chat_templates import TEMPLATES
 from environments import RUNNER, environment
 from exported import make_bundle, make_student
+from kotlin_example import converse
 from tiny_bundle import rewrite_manifest
 
 from lawcat_edge.config import LawcatConfig
@@ -23,8 +25,13 @@ from lawcat_edge.runtime.bundle.manifest import describe_files
 from lawcat_edge.runtime.bundle.verify import verify
 from lawcat_edge.runtime.engine import rotary
 from lawcat_edge.runtime.engine.state import State
+from lawcat_edge.runtime.files import read_json
+from lawcat_edge.runtime.template.chat import ChatTemplate
 
 PROMPT = list(range(40, 60))
+NOT_PLAIN = {"llama 2", "mistral v3", "deepseek r1", "vicuna", "command r", "gpt-oss", "falcon", "minicpm"}
+NOT_PLAIN |= {"internlm"}
+"""Templates that write an answer otherwise than the model does, with a space before it for example."""
 HYBRID: dict[str, Any] = {"layer_types": ("full_attention", "linear_attention"), "attention_span": 25}
 
 
@@ -161,3 +168,71 @@ def test_states_for_it_are_never_shared(int8: Path) -> None:
     engine = Engine(Bundle.open(int8), threads=1, flavour="ort")
     assert any(engine.new_state().in_place)
     assert not any(engine.new_state(kind="ort_format").in_place)
+
+
+LLAMA = (
+    "{{ bos_token }}{% for message in messages %}<{{ message.role }}>{{ message.content | trim }}<end>"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+GRAVE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+def talkative(folder: Path, template: str = LLAMA, **settings: Any) -> Path:
+    """A bundle for mobile apps with a chat template."""
+    changes: Any = {"rope_parameters": {**GRAVE, "rope_theta": 1e4, "original_max_position_embeddings": 64}}
+    config = LawcatConfig(feature_dim=8, **settings)
+    teacher, model, adapter = make_student(folder / "t", config=config, hidden_size=96, start=6, **changes)
+    (teacher.folder / "chat_template.jinja").write_text(template)
+    sampling = {"temperature": 0.0, "repetition_penalty": 1.2}
+    make_bundle(teacher, model, adapter, folder / "b", ops=("ort",), ort_format=True, sampling=sampling)
+    return folder / "b"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{"window": 5, **HYBRID}, {}], ids=["hybrid", "no buffers"])
+def test_the_kotlin_of_the_guide_writes_the_runners_conversation(
+    pytestconfig: pytest.Config, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    """Compiled and run as it stands in docs/mobile.md; a hybrid's buffers grow and forget on the way."""
+    bundle = talkative(tmp_path, **settings)
+    questions = ["Why is the sea salt?", "  And the rivers? é🌊 ", "Tell me more of it."]
+    runner = Model.load(bundle, threads=1)
+    options: Any = vars(runner.sampling_defaults())
+    expected = [
+        runner.chat(question, max_new_tokens=24, ignore_eos=False, **options).text for question in questions
+    ]
+    spans = runner.bundle.manifest.spans
+    assert not spans or len(runner.context.tokens) > 2 * max(span.tokens for span in spans.values()) + 64
+    assert sum(map(len, expected)) > 40
+    answers, runs = converse(pytestconfig, bundle, questions, 24)
+    assert answers == expected
+    assert runs > 60
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_template_without_jinja_writes_what_it_writes(name: str) -> None:
+    template = ChatTemplate(TEMPLATES[name], {"bos_token": "<s>", "eos_token": "</s>"})
+    turns = mobile.chat_turns(template)
+    if turns is None:
+        assert name in NOT_PLAIN
+        return
+    assert name not in NOT_PLAIN
+    said = ["Is it far?", "An hour by boat.", " In which direction? ", "North.", "Thank you"]
+    strip = str.strip if turns["trim"] else str
+    text = turns["first"] + strip(said[0])
+    for answer, question in zip(said[1::2], said[2::2], strict=True):
+        text += turns["answer"] + answer + turns["next"] + strip(question)
+    messages = [{"role": ("user", "assistant")[i % 2], "content": words} for i, words in enumerate(said)]
+    assert text + turns["answer"] == template.render(messages)
+
+
+def test_the_turns_are_written_where_there_are_any(tmp_path: Path) -> None:
+    bundle = talkative(tmp_path / "a")
+    turns = read_json(bundle / mobile.TURNS)
+    assert turns["trim"] is True
+    assert (turns["first"], turns["next"], turns["answer"]) == (
+        "<user>", "<end><user>", "<end><assistant>",
+    )  # fmt: skip
+    assert mobile.TURNS in Bundle.open(bundle).manifest.files
+    assert not (talkative(tmp_path / "b", LLAMA + "{{ strftime_now('%d') }}") / mobile.TURNS).exists()

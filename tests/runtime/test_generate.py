@@ -559,3 +559,13 @@ def test_weights_are_widened_on_an_x86_that_may_saturate(
 
 def test_the_default_is_no_more_threads_than_the_process_may_use() -> None:
     assert 1 <= physical_cores() <= (os.cpu_count() or 1)
+
+
+def test_a_context_without_tokens_is_used_and_not_replaced(model: Model) -> None:
+    own = model.new_context()
+    assert own
+    assert not len(own)
+    text = model.generate("The sea", max_new_tokens=3, context=own, ignore_eos=True).text
+    assert model.context is own
+    assert len(own) > 3
+    assert model.generate("The sea", max_new_tokens=3, ignore_eos=True).text == text

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_bundle import build_tiny_bundle
+from chat_templates import TEMPLATES
+from tiny_bundle import build_tiny_bundle, tiny_tokenizer
 
 pytest.importorskip("openai", reason="the server's tests need the extras `serve` and `test`")
 pytest.importorskip("uvicorn", reason="the server's tests need the extra `serve`")
@@ -315,3 +316,85 @@ def test_the_bundles_generation_config_gives_the_defaults(tmp_path: Path, model:
 def test_options_name_what_is_wrong() -> None:
     with pytest.raises(LawcatError, match="--allowed-host"):
         Options(allowed_hosts=("a b",))
+
+
+CALL = {"id": "c1", "type": "function", "function": {"name": "tide", "arguments": '{"port": "Bergen"}'}}
+CALLED: list[dict[str, Any]] = [
+    {"role": "user", "content": "Is it high?"},
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "tool_call_id": "c1", "content": "high"},
+]
+
+
+@pytest.mark.parametrize("name", ["qwen 2.5", "llama 3.2"])
+def test_tools_that_an_earlier_answer_called_are_written_as_transformers_does(
+    name: str, tmp_path: Path
+) -> None:
+    """With the API's own client: content null, arguments as JSON text, a result."""
+    transformers = pytest.importorskip("transformers")
+    other = build_tiny_bundle(tmp_path / "other", template=TEMPLATES[name])
+    with running(other) as server:
+        client = server.client()
+        served = client.models.list().data[0].id
+        answer = client.chat.completions.create(model=served, messages=CALLED, max_tokens=1)
+    service = create_app(load(other)).state.service
+    _, prompts, _, _ = service._read(json.dumps({"messages": CALLED}).encode(), parse_chat)
+    assert answer.usage.prompt_tokens == len(prompts[0])
+    function = {"name": "tide", "arguments": {"port": "Bergen"}}
+    messages = [CALLED[0], {**CALLED[1], "tool_calls": [{**CALL, "function": function}]}, CALLED[2]]
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tiny_tokenizer(), **service.model.template._tokens
+    )
+    expected = tokenizer.apply_chat_template(
+        messages, chat_template=TEMPLATES[name], tokenize=False, add_generation_prompt=True
+    )
+    assert service.model.tokenizer.decode(list(prompts[0]), skip_special=False) == expected
+    assert "Bergen" in expected
+
+
+def test_a_message_without_content_is_taken_where_the_api_takes_it() -> None:
+    def parsed(*messages: Any) -> list[dict[str, Any]]:
+        return parse_chat({"messages": [*HELLO, *messages]}, 100).messages[len(HELLO) :]
+
+    answer, result = parsed(*CALLED[1:])
+    assert answer["content"] is None
+    assert answer["tool_calls"][0]["function"] == {"name": "tide", "arguments": {"port": "Bergen"}}
+    assert (result["role"], result["tool_call_id"]) == ("tool", "c1")
+    assert parsed({"role": "assistant", "tool_calls": [CALL]})[0]["content"] is None
+    older = {"role": "assistant", "content": None, "function_call": CALL["function"]}
+    before, after = parsed(older, {"role": "function", "name": "tide", "content": "high"})
+    assert before["tool_calls"][0]["function"]["arguments"] == {"port": "Bergen"}
+    assert (after["role"], after["name"]) == ("tool", "tide")
+    assert parsed({"role": "assistant", "content": None, "refusal": "No."})[0]["content"] == "No."
+    parts = [{"type": "text", "text": "I "}, {"type": "refusal", "refusal": "will not."}]
+    assert parsed({"role": "assistant", "content": parts})[0]["content"] == "I will not."
+
+
+@pytest.mark.parametrize(
+    ("message", "param"),
+    [
+        ({"role": "assistant", "content": None}, "messages[1].content"),
+        ({"role": "assistant"}, "messages[1].content"),
+        ({"role": "assistant", "content": None, "tool_calls": []}, "messages[1].content"),
+        ({"role": "user", "content": None}, "messages[1].content"),
+        ({"role": "user", "content": "x", "tool_calls": [CALL]}, "messages[1].tool_calls"),
+        ({"role": "tool", "tool_call_id": "c1", "content": "high"}, "messages[1]"),
+        ({"role": "assistant", "content": None, "tool_calls": [{"id": "c1"}]}, "messages[1].tool_calls"),
+        ({"role": "assistant", "content": None, "tool_calls": {"id": "c1"}}, "messages[1].tool_calls"),
+        (
+            {"role": "assistant", "function_call": {"name": "tide", "arguments": "{'port'"}},
+            "messages[1].tool_calls",
+        ),
+    ],
+)
+def test_a_message_without_content_or_call_is_refused(message: dict[str, Any], param: str) -> None:
+    with pytest.raises(BadRequest) as caught:
+        parse_chat({"messages": [*HELLO, message]}, 100)
+    assert (caught.value.param, caught.value.status) == (param, 400)
+
+
+def test_a_template_without_tool_calls_does_not_drop_them_in_silence(folder: Path) -> None:
+    service = create_app(load(folder)).state.service
+    with pytest.raises(BadRequest, match="chat template has no tool calls") as caught:
+        service._read(json.dumps({"messages": CALLED}).encode(), parse_chat)
+    assert (caught.value.param, caught.value.code) == ("messages[1].tool_calls", "unsupported_parameter")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import random
 import re
 import subprocess
 import sys
@@ -24,9 +25,11 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 KEPT = HERE.parent / "fuzz_corpus"
+PATHS = [str(HERE), str(HERE.parent / "helpers"), str(HERE.parent.parent)]
 NAMES = ["manifest", "onnx_graph", "snapshot", "safetensors", "adapter_config", "ranges"]
 NAMES += ["template", "request", "settings"]
-SLOW_SECONDS = 10
+_TAG = re.compile(r"(\{\{.*?\}\}|\{%.*?%\})", re.DOTALL)
+SLOW_SECONDS = {"template": 60}  # of one execution; a template is rendered eleven times, for 5 s at most
 MEMORY_MB = 2000  # atheris itself grows by 20 KB an execution of long JSON; the parsers do not
 
 
@@ -34,7 +37,7 @@ def fuzz_one(name: str, work: Path, options: list[str]) -> None:
     """In a process of its own: atheris takes it over and never returns."""
     import atheris
 
-    sys.path[:0] = [str(HERE), str(HERE.parent.parent)]
+    sys.path[:0] = PATHS
     with atheris.instrument_imports(include=["lawcat_edge", "fuzz_targets"]):
         import fuzz_targets
     seen: set[str] = set()
@@ -51,8 +54,50 @@ def fuzz_one(name: str, work: Path, options: list[str]) -> None:
                 (work / "findings" / f"{name}-{key}").write_bytes(data)
                 (work / "findings" / f"{name}-{key}.txt").write_text(traceback.format_exc())
 
-    atheris.Setup([sys.argv[0], *options], test)
+    mutator = (
+        {"custom_mutator": _template_mutator(lambda *given: atheris.Mutate(*given))}
+        if name == "template"
+        else {}
+    )
+    atheris.Setup([sys.argv[0], *options], test, **mutator)
     atheris.Fuzz()
+
+
+def _template_mutator(mutate: Callable[[bytes, int], bytes]) -> Callable[[bytes, int, int], bytes]:
+    """Half of the mutations insert, delete or swap whole tags and expressions of known templates.
+
+    Changed bytes alone hardly ever make a template that can be compiled.
+    """
+    from chat_templates import CONSTRUCTS, TEMPLATES
+
+    known = "".join((*TEMPLATES.values(), *CONSTRUCTS.values()))
+    tags = sorted(set(_TAG.findall(known)))
+    parts = sorted(
+        {part for tag in tags for part in re.findall(r"[|.]?\w+\([^()]*\)|[|.]\w+|\[[^\[\]]*\]|'[^']*'", tag)}
+    )
+
+    def change(data: bytes, max_size: int, seed: int) -> bytes:
+        draw = random.Random(seed)
+        if draw.random() < 0.5:
+            return mutate(data, max_size)
+        pieces = _TAG.split(data.decode("utf-8", "replace"))
+        for _ in range(draw.randint(1, 4)):
+            at = draw.randrange(len(pieces))
+            kind = draw.randrange(4)
+            if kind == 0:
+                pieces.insert(at, draw.choice(tags))
+            elif kind == 1 and len(pieces) > 1:
+                del pieces[at]
+            elif kind == 2:
+                other = draw.randrange(len(pieces))
+                pieces[at], pieces[other] = pieces[other], pieces[at]
+            else:
+                cut = [match.end() for match in re.finditer(r"\w+", pieces[at])] or [0]
+                place = draw.choice(cut)
+                pieces[at] = pieces[at][:place] + draw.choice(parts) + pieces[at][place:]
+        return "".join(pieces).encode("utf-8", "replace")[:max_size]
+
+    return change
 
 
 def fuzz_for(name: str, seconds: float, work: Path) -> dict[str, Any]:
@@ -60,10 +105,19 @@ def fuzz_for(name: str, seconds: float, work: Path) -> dict[str, Any]:
     corpus = work / "corpus" / name
     corpus.mkdir(parents=True, exist_ok=True)
     seeds = KEPT / name
+    if name == "template":
+        _add_known_templates(corpus)
+    words = HERE / f"{name}.dict"
     end, executions, stops = time.monotonic() + seconds, 0, 0
     while (left := int(end - time.monotonic())) > 5:
         options = [str(corpus), *([str(seeds)] if seeds.is_dir() else []), f"-max_total_time={left}"]
-        options += ["-print_final_stats=1", "-max_len=16384", f"-timeout={SLOW_SECONDS}", "-verbosity=0"]
+        options += [
+            "-print_final_stats=1",
+            "-max_len=16384",
+            f"-timeout={SLOW_SECONDS.get(name, 10)}",
+            "-verbosity=0",
+        ]
+        options += [f"-dict={words}"] if words.is_file() else []
         options += [f"-rss_limit_mb={MEMORY_MB}", f"-artifact_prefix={work}/findings/{name}-"]
         command = [sys.executable, __file__, "--one", name, "--work", str(work), "--", *options]
         done = subprocess.run(command, capture_output=True, text=True, timeout=left + 120, check=False)
@@ -78,13 +132,23 @@ def fuzz_for(name: str, seconds: float, work: Path) -> dict[str, Any]:
     return {"seconds": round(seconds), "executions": executions, "stops": stops, "findings": bad}
 
 
-def keep(work: Path, largest: int = 4096) -> dict[str, int]:
+def _add_known_templates(corpus: Path) -> None:
+    """Begin with what well-known models' templates are made of."""
+    sys.path[:0] = PATHS
+    from chat_templates import CONSTRUCTS, TEMPLATES
+
+    for source in (*TEMPLATES.values(), *CONSTRUCTS.values()):
+        data = source.encode()
+        (corpus / hashlib.sha256(data).hexdigest()[:16]).write_bytes(data)
+
+
+def keep(work: Path, names: list[str], largest: int = 4096) -> dict[str, int]:
     """Add to tests/fuzz_corpus/ what reaches lines that nothing kept before reaches, the shortest first."""
-    sys.path[:0] = [str(HERE), str(HERE.parent.parent)]
+    sys.path[:0] = PATHS
     import fuzz_targets
 
     kept = {}
-    for name in NAMES:
+    for name in names:
         reached: set[tuple[str, int, int]] = set()
         for path in sorted((KEPT / name).iterdir()):
             reached |= lines_of(fuzz_targets.TARGETS[name], path.read_bytes())
@@ -137,10 +201,10 @@ def main() -> None:
     if given.one:
         fuzz_one(given.one, given.work, given.options)
         return
-    if given.keep:
-        print(json.dumps({"kept": keep(given.work)}))
-        return
     names = given.targets.split(",")
+    if given.keep:
+        print(json.dumps({"kept": keep(given.work, names)}))
+        return
     share = given.seconds / len(names)
     with ThreadPoolExecutor(given.lanes) as pool:
         results = list(pool.map(lambda name: fuzz_for(name, share, given.work), names))

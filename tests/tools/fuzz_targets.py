@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+from chat_templates import CONVERSATIONS
 
 from lawcat_edge.adapter import Adapter
 from lawcat_edge.calibration.ranges import Ranges
@@ -27,7 +28,7 @@ from lawcat_edge.runtime.bundle.graph_check import check_model
 from lawcat_edge.runtime.bundle.manifest import Manifest, StateTensor, state_bytes
 from lawcat_edge.runtime.bundle.span import Span
 from lawcat_edge.runtime.engine.rotary import inverse_frequencies
-from lawcat_edge.runtime.errors import LawcatError
+from lawcat_edge.runtime.errors import BundleFault, LawcatError
 from lawcat_edge.runtime.generate.snapshot import MAGIC, Snapshot
 from lawcat_edge.runtime.generate.text import Detokenizer, StopStrings, load_tokenizer
 from lawcat_edge.runtime.server.requests import parse_chat, parse_completion, read_body
@@ -125,10 +126,34 @@ def ranges(data: bytes) -> None:
 
 
 def template(data: bytes) -> None:
-    text = ChatTemplate(data.decode("utf-8", "replace"), {"bos_token": "<s>", "eos_token": "</s>"}).render(
-        MESSAGES
-    )
-    assert isinstance(text, str)
+    """A template, then perhaps JSON of what it renders: {"messages", "variables", "add", "continue"}.
+
+    Without that, every conversation of the tests.
+    """
+    source, _, rest = data.partition(b"\0\0")
+    made = ChatTemplate(source.decode("utf-8", "replace"), {"bos_token": "<s>", "eos_token": "</s>"})
+    renderings: list[tuple[Any, Any, bool, bool]] = [(MESSAGES, None, True, False)]
+    if rest:
+        given = _json(rest)
+        given = given if isinstance(given, dict) else {}
+        variables = given.get("variables")
+        variables = variables if isinstance(variables, dict) else None
+        renderings = [
+            (given.get("messages", MESSAGES), variables, bool(given.get("add")), bool(given.get("continue")))
+        ]
+    else:
+        for k, (messages, variables) in enumerate(CONVERSATIONS.values()):
+            renderings.append((messages, variables, bool(k % 2), k % 3 == 0))
+    refused = []
+    for messages, variables, add, going_on in renderings:
+        try:
+            assert isinstance(made.render(messages, add, going_on, variables), str)
+        except BundleFault:
+            raise
+        except LawcatError as error:  # these messages are refused, others may be taken
+            refused.append(error)
+    if len(refused) == len(renderings):
+        raise refused[0]
 
 
 def request(data: bytes) -> None:

@@ -12,6 +12,9 @@ from typing import Any
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 from optimum.commands.export.base import ExportCommand
 
+# How chat and serve choose tokens; the options have the names of generation_config.json's keys.
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
 
 class LawcatExportCommand(BaseOptimumCLICommand):
     """``optimum-cli export lawcat``: what ``lawcat-edge export`` does, under optimum's names."""
@@ -28,6 +31,8 @@ class LawcatExportCommand(BaseOptimumCLICommand):
         add("--ort-format", action="store_true", help="Also write model.ort, for mobile apps.")
         add("--no-verify", action="store_true", help="Do not replay tokens in onnxruntime against torch.")
         add("--overwrite", action="store_true", help="Replace a bundle that is of something else.")
+        for name in _SAMPLING:
+            add(_option(name), help="For generation_config.json; default: as the adapter or teacher.")
         add("output", help="Bundle folder to write.")
 
     def run(self) -> None:
@@ -44,9 +49,16 @@ class LawcatExportCommand(BaseOptimumCLICommand):
             arguments.append("--no-verify")
         if given.overwrite:
             arguments.append("--overwrite")
+        for name in _SAMPLING:
+            if getattr(given, name) is not None:
+                arguments += [_option(name), getattr(given, name)]
         code = run(arguments)
         if code:
             sys.exit(code)
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 REGISTER_COMMANDS = [(LawcatExportCommand, ExportCommand)]
