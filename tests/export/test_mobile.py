@@ -190,7 +190,11 @@ def talkative(folder: Path, template: str = LLAMA, **settings: Any) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [{"window": 5, **HYBRID}, {}], ids=["hybrid", "no buffers"])
+@pytest.mark.parametrize(
+    "settings",
+    [{"window": 5, **HYBRID}, {"window": 5, **HYBRID, "attention_sinks": 3}, {}],
+    ids=["hybrid", "sinks", "no buffers"],
+)
 def test_the_kotlin_of_the_guide_writes_the_runners_conversation(
     pytestconfig: pytest.Config, tmp_path: Path, settings: dict[str, Any]
 ) -> None:

@@ -44,7 +44,8 @@ def remembered(text: list[int], span: Span) -> list[int]:
     for token in text:
         rows.append(token)
         if span.sinks and len(rows) == span.tokens:
-            del rows[span.sinks : span.sinks + span.tokens // 4]
+            step = max(1, span.tokens // 16, min(128, span.tokens // 4))
+            del rows[span.sinks : span.sinks + step]
     return rows if span.sinks else rows[max(0, len(rows) - span.tokens + 1) :] if span.tokens > 1 else []
 
 

@@ -10,7 +10,7 @@ export class Span {
   constructor(tokens, sinks = 0) {
     this.tokens = tokens;
     this.sinks = sinks;
-    this.step = Math.max(1, Math.floor(tokens / 4)); // rows that are forgotten at once, with sinks
+    this.step = Math.max(1, Math.floor(tokens / 16), Math.min(128, Math.floor(tokens / 4))); // rows that are forgotten at once, with sinks
     this.most = tokens - 1;
   }
 
