@@ -257,10 +257,11 @@ class Layout:
         W = self._new(i, "feature")  # [H,d,f], the same for q and k
         # the last row meets the latent that is always one
         gate = -np.concatenate([self._new(i, "gate_b"), self._new(i, "gate_bias")[None]])
+        by_group = gate.reshape(len(gate), self.geometry.num_kv_heads, -1)
         tensors = {
             "conv_taps": np.concatenate([self._new(i, name) for name in ("conv_q", "conv_k")])[:, None],
             "feature": np.stack([W, -W], 1).swapaxes(2, 3),
-            "gate_b": gate,
+            "gate_b": np.repeat(by_group, self.geometry.groups, 1).reshape(len(gate), -1),
         }
         if self.config.window:
             omega = self._new(i, "omega").astype(np.float64)

@@ -13,7 +13,8 @@ Letters as in ``lawcat_edge.attention``. To keep the graph lean:
   output is N_w / Z_w and, since the largest weight is 1 / Z_w, that gives the normaliser as well.
 - q and k run as one tensor of 2H heads, channels first, through one convolution; the feature map is one
   batched product with [W, -W], and one softmax.
-- The gate's sign is folded into B: g = -softplus(-u) / divisor.
+- The gate's sign is folded into B: g = -softplus(-u) / divisor. Its columns are there for every query head, a
+  few numbers more instead of two nodes.
 """
 
 from __future__ import annotations
@@ -166,7 +167,7 @@ class LinearAttentionLayer(DecoderLayer):
             "qkv.bias": (total,),
             "conv_taps": (2 * H * d, 1, c.conv_kernel),
             "feature": (H, 2, c.feature_dim, d),
-            "gate_b": (c.gate_rank + 1, g.num_kv_heads * c.key_dim),
+            "gate_b": (c.gate_rank + 1, H * c.key_dim),
         }
         return shapes | ({"window_scale": (H, 1)} if c.window else {})
 
@@ -191,8 +192,6 @@ class LinearAttentionLayer(DecoderLayer):
         phi_q, phi_k = torch.split(ops.reshape(phi, [0, 0, -1]), H * F, 2)
 
         decay = ops.softplus(latent @ tensors["gate_b"]) * (-1.0 / c.gate_divisor)
-        if n > 1:
-            decay = torch.cat([part for part in by_head(decay, F) for _ in range(n)], 2)
         v1 = joined([part for parts in values for _ in range(n) for part in parts])
         out, after = ops.linear_attention(phi_q, phi_k, v1, state["recurrent_state"], decay)
         out = ops.reshape(out, [0, 0, H, d + 1])
