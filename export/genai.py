@@ -157,7 +157,9 @@ class GenaiInterface(Interface):
 
     def _tokens(self, g: GraphBuilder) -> ir.Value:
         """T, as [1]."""
-        return self._do(g, "Slice", [self._do(g, "Shape", [g.inputs[0]], "shape"), [1], [2], [0]], "T")
+        sizes = self._do(g, "Shape", [g.inputs[0]], "shape")
+        tokens: ir.Value = self._do(g, "Slice", [sizes, [1], [2], [0]], "T")
+        return tokens
 
     def _tables(self, g: GraphBuilder, positions: ir.Value) -> dict[str, ir.Value]:
         """Rows for the tokens at hand, and then as many more as onnxruntime asks for."""
@@ -185,7 +187,7 @@ class GenaiInterface(Interface):
     def _longer(self, g: GraphBuilder, value: ir.Value, shape: Sequence[int | str]) -> ir.Value:
         """A buffer with slots for the tokens at hand; shape: as flavours read it."""
         pads = self._do(g, "Concat", [[0] * 6, self._tokens(g), [0]], "room", axis=0)
-        longer = self._do(g, "Pad", [value, pads], "longer")
+        longer: ir.Value = self._do(g, "Pad", [value, pads], "longer")
         _describe(longer, [*shape[:2], longer.name or "", *shape[3:]])  # each of a size of its own
         return longer
 

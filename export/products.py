@@ -110,7 +110,8 @@ def emit(
             "accuracy_level": spec.accuracy,
         }
         if not spec.offsets:
-            return g.node("MatMulNBits", inputs, path, MS, **attributes)
+            whole: ir.Value = g.node("MatMulNBits", inputs, path, MS, **attributes)
+            return whole
         y = g.node("MatMulNBits", inputs, f"{path}/codes", MS, **attributes)
         return g.node("Add", [y, _offsets(g, spec, name, x, K, path)], path)
     if spec.kind == "fp32":
@@ -189,7 +190,8 @@ def emit_embedding(g: GraphBuilder, spec: Product, name: str, ids: ir.Value, V: 
     table = g.view(f"{name}.q{spec.bits}", [V, D * spec.bits // 8])
     inputs = [table, ids, g.stored(f"{name}.scales")]
     attributes = {"bits": spec.bits, "block_size": spec.block, "gather_axis": 0, "quantize_axis": 1}
-    return g.node("GatherBlockQuantized", inputs, "embedding", MS, **attributes)
+    rows: ir.Value = g.node("GatherBlockQuantized", inputs, "embedding", MS, **attributes)
+    return rows
 
 
 def _ints(g: GraphBuilder, values: list[int]) -> ir.Value:

@@ -33,7 +33,8 @@ class Codes:
     def values(self) -> np.ndarray:
         """The weights that these stand for: [n, blocks * block]."""
         codes = self.codes if self.offsets is None else self.codes + self.offsets[..., None]
-        return (codes * self.scales[..., None]).reshape(len(codes), -1)
+        values: np.ndarray = codes * self.scales[..., None]
+        return values.reshape(len(codes), -1)
 
 
 Rounder = Callable[[np.ndarray], Codes]
@@ -98,7 +99,8 @@ def rounded(values: np.ndarray, found: Codes, spec: Product) -> np.ndarray:
     scaled = values / found.scales[..., None]
     if found.offsets is not None:
         scaled -= found.offsets[..., None]
-    return np.clip(np.rint(scaled, out=scaled), *bounds(spec), out=scaled)
+    np.clip(np.rint(scaled, out=scaled), *bounds(spec), out=scaled)
+    return scaled
 
 
 def stored(scale: np.ndarray) -> np.ndarray:

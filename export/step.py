@@ -118,7 +118,8 @@ class DecoderLayer(nn.Module):
         return (x, h, *states)
 
     def product(self, name: str, x: Tensor, tensors: Tensors) -> Tensor:
-        return ops.linear(x, tensors[f"{name}.weight"], tensors.get(f"{name}.bias"), name)
+        result: Tensor = ops.linear(x, tensors[f"{name}.weight"], tensors.get(f"{name}.bias"), name)
+        return result
 
     def qk_normed(self, qk: Tensor, gamma: Tensor) -> list[Tensor]:
         """q and k, normed head by head, from both in one."""
@@ -151,7 +152,8 @@ class FullAttentionLayer(DecoderLayer):
             q, v = torch.split(q, [g.query_width + g.kv_width, g.kv_width], 2)
             q, k = self.qk_normed(q, tensors["qk_gamma"])
         given = self.softmax_inputs(q, k, v, "full", state, inputs)
-        return ops.group_query_attention(*given, g.num_heads, span_of(g, self.config))
+        result: tuple[Tensor, ...] = ops.group_query_attention(*given, g.num_heads, span_of(g, self.config))
+        return result
 
 
 class LinearAttentionLayer(DecoderLayer):

@@ -70,4 +70,5 @@ def _finite(frequencies: np.ndarray) -> np.ndarray:
 
 def angles(frequencies: np.ndarray, start: int, count: int) -> np.ndarray:
     """Angles of positions start .. start+count-1, float64 [count, d/2]: both halves of a head turn alike."""
-    return np.arange(start, start + count, dtype=np.float64)[:, None] * frequencies
+    found: np.ndarray = np.arange(start, start + count, dtype=np.float64)[:, None] * frequencies
+    return found
