@@ -12,7 +12,7 @@ it node by node:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -88,7 +88,9 @@ class _Rewriter:
             new.type, new.shape = old.type, old.shape
         return results
 
-    def _do(self, op: str, inputs: Values, path: str, what: str, **attributes: Any) -> ir.Value:
+    def _do(
+        self, op: str, inputs: Sequence[ir.Value | None], path: str, what: str, **attributes: Any
+    ) -> ir.Value:
         result: ir.Value = self.g.node(op, inputs, f"{path}/{what}", **attributes)
         return result
 

@@ -96,7 +96,7 @@ def grid(values: np.ndarray, spec: Product, weight: np.ndarray | None = None) ->
 
 def rounded(values: np.ndarray, found: Codes, spec: Product) -> np.ndarray:
     """The codes nearest to values on a grid."""
-    scaled = values / found.scales[..., None]
+    scaled: np.ndarray = values / found.scales[..., None]
     if found.offsets is not None:
         scaled -= found.offsets[..., None]
     np.clip(np.rint(scaled, out=scaled), *bounds(spec), out=scaled)
