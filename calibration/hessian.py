@@ -12,6 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from lawcat_edge.calibration.probes import Probed
+from lawcat_edge.config import LawcatConfig
+from lawcat_edge.export.step import layer_module
+from lawcat_edge.families import Geometry
 from lawcat_edge.progress import Progress, quiet
 from lawcat_edge.runtime.bundle.manifest import Bundle
 from lawcat_edge.runtime.errors import LawcatError
@@ -42,6 +45,9 @@ class Moments:
         self.bundle, self.texts = Bundle.open(folder), texts
         self.threads, self.chunk, self.budget = threads, chunk, budget
         self.readings = 0
+        manifest = self.bundle.manifest
+        geometry, config = Geometry.from_dict(manifest.geometry), LawcatConfig.from_dict(manifest.lawcat)
+        self._shapes = layer_module(geometry, config, full=False).shapes()
         self._held: dict[str, np.ndarray] = {}
 
     @property
@@ -71,10 +77,11 @@ class Moments:
         return group
 
     def _width(self, path: str) -> int:
-        g = self.bundle.manifest.geometry
+        """K of a product: the numbers that it reads of every token."""
         name = path.rpartition("/")[2]
-        widths = {"o": g["num_heads"] * g["head_dim"], "down": g["intermediate_size"]}
-        return int(widths.get(name, g["hidden_size"]))
+        if name == "head":
+            return int(self.bundle.manifest.geometry["hidden_size"])
+        return self._shapes[f"{name}.weight"][1]
 
     def _measure(self, group: list[str], progress: Progress) -> dict[str, np.ndarray]:
         graph = Probed(self.bundle, self.threads, group)

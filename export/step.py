@@ -33,7 +33,7 @@ Tensors = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Widths:
-    """Columns of the fused product of a linear layer, in order.
+    """Columns of the fused product of a layer, in order.
 
     With a window, q, k and v are as GroupQueryAttention takes them, and a column of ones (``one``) follows.
     Without, every head's values bring their own one.
@@ -46,8 +46,11 @@ class Widths:
     latent: int
 
     @classmethod
-    def of(cls, geometry: Geometry, config: LawcatConfig) -> Widths:
+    def of(cls, geometry: Geometry, config: LawcatConfig, full: bool = False) -> Widths:
+        """full: of a full-attention layer, which has q, k and v alone."""
         g, latent = geometry, config.gate_rank + 1
+        if full:
+            return cls(g.query_width, g.kv_width, g.kv_width, 0, 0)
         if config.window:
             return cls(g.query_width, g.kv_width, g.kv_width, 1, latent)
         return cls(g.query_width, g.kv_width, g.kv_width + g.num_kv_heads, 0, latent)
@@ -141,15 +144,15 @@ class FullAttentionLayer(DecoderLayer):
     """The teacher's own layer: softmax attention over ``config.span``."""
 
     def attention_shapes(self) -> dict[str, tuple[int, ...]]:
-        g = self.geometry
-        shapes: dict[str, tuple[int, ...]] = {"qkv.weight": (g.query_width + 2 * g.kv_width, g.hidden_size)}
+        g, total = self.geometry, Widths.of(self.geometry, self.config, full=True).total
+        shapes: dict[str, tuple[int, ...]] = {"qkv.weight": (total, g.hidden_size)}
         return shapes | ({"qkv.bias": shapes["qkv.weight"][:1]} if g.attention_bias else {})
 
     def attention(self, h: Tensor, tensors: Tensors, state: Tensors, inputs: Tensors) -> tuple[Tensor, ...]:
-        g = self.geometry
+        g, w = self.geometry, Widths.of(self.geometry, self.config, full=True)
         q, k, v = self.product("qkv", h, tensors), None, None
         if g.qk_norm:
-            q, v = torch.split(q, [g.query_width + g.kv_width, g.kv_width], 2)
+            q, v = torch.split(q, [w.q + w.k, w.v], 2)
             q, k = self.qk_normed(q, tensors["qk_gamma"])
         given = self.softmax_inputs(q, k, v, "full", state, inputs)
         result: tuple[Tensor, ...] = ops.group_query_attention(*given, g.num_heads, span_of(g, self.config))

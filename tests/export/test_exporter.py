@@ -19,7 +19,7 @@ from tiny_teacher import make_teacher
 from lawcat_edge.adapter import Adapter
 from lawcat_edge.cli import run
 from lawcat_edge.config import LawcatConfig
-from lawcat_edge.export import layout
+from lawcat_edge.export import exporter, layout
 from lawcat_edge.export.exporter import ExportOptions, export_bundle
 from lawcat_edge.export.rotation import Rotation
 from lawcat_edge.export.rounding import nearest
@@ -312,6 +312,25 @@ def test_killed_export_is_taken_up_again(tmp_path: Path, monkeypatch: pytest.Mon
     assert any(name.startswith("layers.3") for name in again - first)
     for file in ("model.onnx.data", "model.onnx", "lawcat_bundle.json"):
         assert (tmp_path / "b" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+def test_an_export_killed_while_it_is_verified_stores_nothing_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher, model, adapter = make_student(tmp_path / "t")
+    make_bundle(teacher, model, adapter, tmp_path / "whole", name="b")
+
+    def killed(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(exporter, "verify_folder", killed)
+        make_bundle(teacher, model, adapter, tmp_path / "b", name="b")
+    monkeypatch.setattr(DataWriter, "write", killed)
+    make_bundle(teacher, model, adapter, tmp_path / "b", name="b")
+    for file in ("model.onnx.data", "model.onnx", "lawcat_bundle.json"):
+        assert (tmp_path / "b" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "t", "whole"]
 
 
 def test_bad_weights_and_adapters_are_refused(tmp_path: Path) -> None:
