@@ -207,20 +207,20 @@ class _Rewriter:
         return [self._rotated(x, attributes["num_heads"], (cos, sin, positions), path)]
 
     def _rotated(self, x: ir.Value | None, heads: int, tables: tuple[Any, Any, Any], path: str) -> ir.Value:
-        """x [B,T,heads d], turned by the rows of the tables cos and sin that positions name."""
+        """x [B,T,heads d], rotated by the rows of the tables cos and sin that positions name."""
         do, (cos, sin, positions) = self._do, tables
         if self.flavour == "onnx":
-            return do("RotaryEmbedding", [x, cos, sin, positions], path, "turned", num_heads=heads)
+            return do("RotaryEmbedding", [x, cos, sin, positions], path, "rotated", num_heads=heads)
         x4 = do("Reshape", [x, self._ints(0, 0, heads, -1)], path, "heads")
         half = _shape(cos)[1]
         halves = self.g.node("Split", [x4, self._ints(half, half)], f"{path}/halves", outputs=2, axis=3)
         c, s = (self._shared(self._table, table, positions) for table in (cos, sin))
-        turned = [
+        rotated = [
             do(op, [do("Mul", [near, c], path, f"{op}c"), do("Mul", [far, s], path, f"{op}s")], path, op)
             for op, near, far in (("Sub", *halves), ("Add", *halves[::-1]))
         ]
         return do(
-            "Reshape", [do("Concat", turned, path, "joined", axis=3), self._ints(0, 0, -1)], path, "turned"
+            "Reshape", [do("Concat", rotated, path, "joined", axis=3), self._ints(0, 0, -1)], path, "rotated"
         )
 
     def on_GroupQueryAttention(  # noqa: N802

@@ -166,11 +166,13 @@ class GenaiInterface(Interface):
         row = self._do(
             g, "Reshape", [self._do(g, "Slice", [positions, [0], [1], [0]], "one"), [-1, 1]], "row"
         )
-        # Turns in float64, as the runner does: float32 loses the fraction of a turn at long positions. The
+        # Revolutions in float64, as the runner does: float32 loses the fraction of one at long positions. The
         # fraction alone goes to Cos and Sin, which onnxruntime 1.25 has for float32 only.
-        turns = g.constant(self.frequencies[None] / (2 * np.pi))
-        turn = self._do(g, "Mul", [self._do(g, "Cast", [row], "exact", to=ir.DataType.DOUBLE), turns], "turn")
-        part = self._do(g, "Sub", [turn, self._do(g, "Floor", [turn], "whole")], "part")
+        per_token = g.constant(self.frequencies[None] / (2 * np.pi))
+        revolutions = self._do(
+            g, "Mul", [self._do(g, "Cast", [row], "exact", to=ir.DataType.DOUBLE), per_token], "revolutions"
+        )
+        part = self._do(g, "Sub", [revolutions, self._do(g, "Floor", [revolutions], "whole")], "part")
         angle = self._do(g, "Mul", [part, g.constant(np.array(2 * np.pi))], "angle")
         angle = self._do(g, "Cast", [angle], "angle32", to=ir.DataType.FLOAT)
         tokens = self._tokens(g)

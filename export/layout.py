@@ -10,7 +10,7 @@ import numpy as np
 
 from lawcat_edge.config import LawcatConfig
 from lawcat_edge.export import products
-from lawcat_edge.export.rotation import Rotation, head_turn, turn
+from lawcat_edge.export.rotation import Rotation, rotation_of_down, rotation_of_values
 from lawcat_edge.export.rounding import Rounder
 from lawcat_edge.export.schemes import Product, Scheme
 from lawcat_edge.export.step import DecoderLayer, layer_module
@@ -43,17 +43,17 @@ class Layout:
         return Rotation(self.geometry.hidden_size) if self.scheme.rotate else None
 
     @cached_property
-    def value_turn(self) -> np.ndarray | None:
+    def value_rotation(self) -> np.ndarray | None:
         """Of each head's values [d,d], undone by o."""
-        return head_turn(self.geometry.head_dim) if self.scheme.rotate else None
+        return rotation_of_values(self.geometry.head_dim) if self.scheme.rotate else None
 
-    def down_turn(self, layer: int) -> np.ndarray | None:
+    def down_rotation(self, layer: int) -> np.ndarray | None:
         """Of each block of the input of a layer's ``down``, undone by its weights."""
-        return self._turn if self.scheme.turns_down(layer) else None
+        return self._down_rotation if self.scheme.rotates_down(layer) else None
 
     @cached_property
-    def _turn(self) -> np.ndarray | None:
-        return turn(self.geometry.intermediate_size)
+    def _down_rotation(self) -> np.ndarray | None:
+        return rotation_of_down(self.geometry.intermediate_size)
 
     @property
     def head_transform(self) -> bool:
@@ -143,9 +143,9 @@ class Layout:
 
     def store_first_norm(self, writer: DataWriter) -> None:
         writer.array("first_norm", self._gain("model.layers.0.input_layernorm.weight"))
-        turns = (self.down_turn(i) for i in range(self.geometry.num_layers))
-        if any(own is not None for own in turns) and self._turn is not None:
-            writer.array("down_turn", self._turn)
+        rotations = (self.down_rotation(i) for i in range(self.geometry.num_layers))
+        if any(own is not None for own in rotations) and self._down_rotation is not None:
+            writer.array("down_rotation", self._down_rotation)
 
     # -- rows of the fused products --------------------------------------------------------------------------
 
@@ -157,18 +157,18 @@ class Layout:
         full, zero = self.config.full_attention(i), np.zeros((1, g.hidden_size), np.float32)
         for head in range(g.num_kv_heads):
             values = self._head(f"{at}v_proj.weight", head, norm)
-            yield values if self.value_turn is None else self.value_turn.T @ values
+            yield values if self.value_rotation is None else self.value_rotation.T @ values
             if not full and not self.config.window:
                 yield zero  # its bias makes a column of ones
         if full:
             return
         if self.config.window:
             yield zero
-        yield self._turned(np.ascontiguousarray(self._new(i, "gate_a").T), norm)
+        yield self._rotated(np.ascontiguousarray(self._new(i, "gate_a").T), norm)
         yield zero
 
     def _o(self, i: int) -> Iterator[np.ndarray]:
-        return self._writing(f"model.layers.{i}.self_attn.o_proj.weight", self.value_turn)
+        return self._writing(f"model.layers.{i}.self_attn.o_proj.weight", self.value_rotation)
 
     def _gate_up(self, i: int) -> Iterator[np.ndarray]:
         norm = f"model.layers.{i}.post_attention_layernorm.weight"
@@ -176,27 +176,27 @@ class Layout:
         yield from self._reading(f"model.layers.{i}.mlp.up_proj.weight", norm)
 
     def _down(self, i: int) -> Iterator[np.ndarray]:
-        return self._writing(f"model.layers.{i}.mlp.down_proj.weight", self.down_turn(i))
+        return self._writing(f"model.layers.{i}.mlp.down_proj.weight", self.down_rotation(i))
 
     def _reading(self, name: str, norm: str | None) -> Iterator[np.ndarray]:
         """Rows of a weight that reads the residual stream behind ``norm``."""
         for block in self._blocks(name):
-            yield self._turned(block, norm)
+            yield self._rotated(block, norm)
 
-    def _turned(self, block: np.ndarray, norm: str | None) -> np.ndarray:
+    def _rotated(self, block: np.ndarray, norm: str | None) -> np.ndarray:
         if self.rotation is None:
             return block
         return self.rotation.rows(block if norm is None else block * self._get(norm))
 
-    def _writing(self, name: str, turn: np.ndarray | None) -> Iterator[np.ndarray]:
+    def _writing(self, name: str, rotation: np.ndarray | None) -> Iterator[np.ndarray]:
         """Rows of a weight that adds to the residual stream.
 
-        turn: of the blocks of what it reads. Rotating the stream takes all rows at once.
+        rotation: of the blocks of what it reads. Rotating the stream takes all rows at once.
         """
         blocks = self._blocks(name) if self.rotation is None else iter([self._get(name)])
         for rows in blocks:
-            if turn is not None:
-                rows = (rows.reshape(len(rows), -1, len(turn)) @ turn).reshape(rows.shape)
+            if rotation is not None:
+                rows = (rows.reshape(len(rows), -1, len(rotation)) @ rotation).reshape(rows.shape)
             yield rows if self.rotation is None else np.ascontiguousarray(self.rotation.columns(rows))
 
     def _head(self, name: str, head: int, norm: str) -> np.ndarray:
@@ -204,7 +204,7 @@ class Layout:
         d = self.geometry.head_dim
         rows = self.weights.rows(name, head * d, (head + 1) * d)
         self._check(name, rows)
-        return self._turned(rows, norm)
+        return self._rotated(rows, norm)
 
     def _gain(self, norm: str) -> np.ndarray:
         """The gains of a norm as the graph applies them; rotated, they sit in the weights behind."""
@@ -273,7 +273,7 @@ class Layout:
         qk = np.zeros(g.query_width + g.kv_width, np.float32)
         if g.attention_bias:
             values = self._get(f"{at}v_proj.bias").reshape(values.shape)
-            values = values if self.value_turn is None else values @ self.value_turn
+            values = values if self.value_rotation is None else values @ self.value_rotation
             qk = np.concatenate([self._get(f"{at}{name}_proj.bias") for name in "qk"])
         if full:
             return np.concatenate([qk, values.reshape(-1)])

@@ -175,11 +175,11 @@ def same_table(embedding: Product, head: Product) -> bool:
     return head.kind == "nbits" and (embedding.bits, embedding.block) == (head.bits, head.block)
 
 
-def emit_turn(g: GraphBuilder, name: str, block: int, x: ir.Value, path: str) -> ir.Value:
+def emit_rotation(g: GraphBuilder, name: str, block: int, x: ir.Value, path: str) -> ir.Value:
     """x [B,T,K], each block of its columns times the stored matrix ``name`` [block, block]."""
     blocks = g.node("Reshape", [x, _ints(g, [0, 0, -1, block])], f"{path}/blocks")
-    turned = g.node("MatMul", [blocks, g.stored(name)], f"{path}/turned")
-    return g.node("Reshape", [turned, _ints(g, [0, 0, -1])], path)
+    rotated = g.node("MatMul", [blocks, g.stored(name)], f"{path}/rotated")
+    return g.node("Reshape", [rotated, _ints(g, [0, 0, -1])], path)
 
 
 def emit_embedding(g: GraphBuilder, spec: Product, name: str, ids: ir.Value, V: int, D: int) -> ir.Value:

@@ -73,8 +73,8 @@ class Product:
             raise LawcatError(f"method of a product must be one of {list(METHODS)}, not {self.method!r}.")
 
     @property
-    def turned(self) -> bool:
-        """Whether as ``down`` it wants its input turned (see ``rotation``).
+    def rotates_input(self) -> bool:
+        """Whether as ``down`` it wants its input rotated (see ``rotation``).
 
         8-bit blocks gain too little by it for three nodes: with SmolLM2-135M, a window of 128 and 1,024
         tokens of documentation, KL to float32 is 0.0037 with it and 0.0044 without.
@@ -118,9 +118,9 @@ class Scheme:
         own = self.layers.get(layer, {}) if layer is not None else {}
         return own.get(name, self.products[name])
 
-    def turns_down(self, layer: int) -> bool:
-        """Whether the input of a layer's ``down`` is turned as the model runs. GPTQ's moments are of that."""
-        return self.rotate and (self.product("down", layer).turned or self.rounding == "gptq")
+    def rotates_down(self, layer: int) -> bool:
+        """Whether a layer's ``down`` has its input rotated as the model runs. GPTQ's moments are of that."""
+        return self.rotate and (self.product("down", layer).rotates_input or self.rounding == "gptq")
 
     @property
     def static(self) -> bool:

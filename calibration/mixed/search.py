@@ -14,7 +14,7 @@ from typing import Any
 from lawcat_edge.calibration.mixed.sensitivity import CHOICES
 from lawcat_edge.config import LawcatConfig
 from lawcat_edge.export.products import same_table
-from lawcat_edge.export.rotation import turn
+from lawcat_edge.export.rotation import rotation_of_down
 from lawcat_edge.export.schemes import PRODUCTS, Product, Scheme
 from lawcat_edge.export.step import layer_module
 from lawcat_edge.families import Geometry
@@ -54,8 +54,8 @@ class Sizes:
             total += _bytes(head, *table)
         if scheme.rotate and g.tie_embeddings:
             total += (4 if head.kind == "fp32" else 2) * g.hidden_size**2
-        turned = any(scheme.turns_down(i) for i in range(g.num_layers))
-        own = turn(g.intermediate_size) if turned else None
+        rotated = any(scheme.rotates_down(i) for i in range(g.num_layers))
+        own = rotation_of_down(g.intermediate_size) if rotated else None
         return self.rest + total + (own.nbytes if own is not None else 0)
 
 

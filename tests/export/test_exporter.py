@@ -188,8 +188,8 @@ def test_rotation_changes_nothing_in_float32(tmp_path: Path) -> None:
         fp32 = SCHEMES["fp32"]
         rotated = Scheme("turned", fp32.products, fp32.embedding, 1e-4, 1e-6, rotate=True)
         plain = make_bundle(teacher, model, adapter, tmp_path / "a", scheme="fp32")
-        turned = make_bundle(teacher, model, adapter, tmp_path / "b", scheme=rotated)
-        assert turned["parity"]["ort"]["rel_err"] < 5e-5
+        rotated_x = make_bundle(teacher, model, adapter, tmp_path / "b", scheme=rotated)
+        assert rotated_x["parity"]["ort"]["rel_err"] < 5e-5
         first = (tmp_path / "a" / "model.onnx.data").read_bytes()
         assert first != (tmp_path / "b" / "model.onnx.data").read_bytes()
         assert plain["parity"]["ort"]["rel_err"] > 0
@@ -198,9 +198,9 @@ def test_rotation_changes_nothing_in_float32(tmp_path: Path) -> None:
 @pytest.mark.parametrize("width", [48, 576, 2048, 15, 4096])
 def test_rotation_is_orthogonal(width: int) -> None:
     rotation, x = Rotation(width), np.random.default_rng(0).standard_normal((5, width)).astype(np.float32)
-    turned = rotation.rows(x)
-    assert_allclose(turned @ turned.T, x @ x.T, atol=width * 3e-6)
-    assert np.abs(turned - x).max() > 0.1
+    rotated_x = rotation.rows(x)
+    assert_allclose(rotated_x @ rotated_x.T, x @ x.T, atol=width * 3e-6)
+    assert np.abs(rotated_x - x).max() > 0.1
     spike = np.zeros((1, width), np.float32)
     spike[0, width // 2] = 100.0
     assert np.abs(rotation.rows(spike)).max() < 95 if width == 15 else np.abs(rotation.rows(spike)).max() < 80
