@@ -1,4 +1,4 @@
-"""Second moments of what each product reads, E[x xᵀ], on the recurrent graph: what data-aware rounding needs.
+"""Hessians of what rounding a product costs, E[x xᵀ] of its input x, measured on the recurrent graph.
 
 They are large (the square of the width, a layer has four), so only as many layers as fit a budget are
 measured in one reading of the text, and they are forgotten when the next are asked for. A model of 135 M
@@ -20,11 +20,11 @@ from lawcat_edge.runtime.bundle.manifest import Bundle
 from lawcat_edge.runtime.errors import LawcatError
 
 BUDGET = 1 << 30
-"""Bytes of moments in memory at once (one product's may be more)."""
+"""Bytes of Hessians in memory at once (one product's may be more)."""
 LEAST_TOKENS = 1024
 
 
-class Moments:
+class Hessians:
     """Of the fp32 bundle in ``folder`` on texts int [n,T]; ``of`` measures when it must.
 
     Raises LawcatError for too little text.
@@ -92,8 +92,8 @@ class Moments:
                 x = values.reshape(-1, values.shape[-1])
                 found[path] += x.T @ x
             done += seen.tokens
-            progress("moments", done, self.texts.size)
+            progress("hessians", done, self.texts.size)
         self.readings += 1
-        for moment in found.values():
-            moment /= done
+        for hessian in found.values():
+            hessian /= done
         return found

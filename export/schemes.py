@@ -119,7 +119,7 @@ class Scheme:
         return own.get(name, self.products[name])
 
     def rotates_down(self, layer: int) -> bool:
-        """Whether a layer's ``down`` has its input rotated as the model runs. GPTQ's moments are of that."""
+        """Whether a layer's ``down`` has its input rotated as the model runs. GPTQ's Hessians are of that."""
         return self.rotate and (self.product("down", layer).rotates_input or self.rounding == "gptq")
 
     @property

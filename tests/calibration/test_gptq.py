@@ -10,7 +10,7 @@ from exported import make_bundle, make_student
 
 from lawcat_edge.calibration import gptq
 from lawcat_edge.calibration.gptq import DAMPING, Gptq, round_rows
-from lawcat_edge.calibration.hessian import Moments
+from lawcat_edge.calibration.hessian import Hessians
 from lawcat_edge.config import LawcatConfig
 from lawcat_edge.export.rounding import bounds, grid, nearest
 from lawcat_edge.export.schemes import Product
@@ -32,15 +32,15 @@ def blocks(rows: np.ndarray, spec: Product) -> np.ndarray:
     return np.pad(rows, ((0, 0), (0, -rows.shape[1] % block))).reshape(len(rows), -1, block)
 
 
-def reference(weights: np.ndarray, moment: np.ndarray, spec: Product) -> np.ndarray:
+def reference(weights: np.ndarray, hessian: np.ndarray, spec: Product) -> np.ndarray:
     """The textbook form: one column at a time, each time the inverse of M over the columns still free."""
     values = blocks(weights, spec).astype(np.float64)
     n, count, block = values.shape
     M = np.zeros((count * block,) * 2)
-    M[: len(moment), : len(moment)] = moment
+    M[: len(hessian), : len(hessian)] = hessian
     diagonal = M.diagonal().copy()
-    diagonal[: len(moment)] += DAMPING * diagonal[: len(moment)].mean()
-    diagonal[len(moment) :] = diagonal[: len(moment)].mean()
+    diagonal[: len(hessian)] += DAMPING * diagonal[: len(hessian)].mean()
+    diagonal[len(hessian) :] = diagonal[: len(hessian)].mean()
     np.fill_diagonal(M, diagonal)
     found = grid(values.astype(np.float32), spec, diagonal.astype(np.float32).reshape(count, block))
     low, high = bounds(spec)
@@ -60,9 +60,9 @@ def reference(weights: np.ndarray, moment: np.ndarray, spec: Product) -> np.ndar
 @pytest.mark.parametrize("spec", [FOUR, EIGHT, OFFSETS, COLUMN], ids=lambda spec: f"{spec.kind}{spec.bits}")
 def test_codes_are_those_of_the_textbook(spec: Product) -> None:
     weights, x = problem()
-    moment = (x.T @ x / len(x)).astype(np.float32)
-    found = round_rows(blocks(weights, spec), moment, spec)
-    known = reference(weights, moment.astype(np.float64), spec)
+    hessian = (x.T @ x / len(x)).astype(np.float32)
+    found = round_rows(blocks(weights, spec), hessian, spec)
+    known = reference(weights, hessian.astype(np.float64), spec)
     assert (found.codes == known).mean() > 0.995  # float32 flips a tie now and then, and what follows it
     assert np.abs(found.codes).max() <= 127
 
@@ -81,8 +81,8 @@ def test_the_output_is_closer_than_with_the_nearest_codes(spec: Product) -> None
 
 def test_rows_may_come_in_any_blocks_of_rows() -> None:
     weights, x = problem()
-    moment = (x.T @ x / len(x)).astype(np.float32)
-    state = gptq._Rounding(moment, 80, FOUR)
+    hessian = (x.T @ x / len(x)).astype(np.float32)
+    state = gptq._Rounding(hessian, 80, FOUR)
     whole = state(blocks(weights, FOUR))
     parts = [state(blocks(weights[k : k + 5], FOUR)) for k in range(0, len(weights), 5)]
     assert (np.concatenate([part.codes for part in parts]) == whole.codes).mean() > 0.999
@@ -100,7 +100,7 @@ def test_an_input_never_seen_is_rounded_all_the_same() -> None:
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("moments")
+    folder = tmp_path_factory.mktemp("hessians")
     teacher, model, adapter = make_student(folder / "t", config=LawcatConfig(feature_dim=8, window=4))
     make_bundle(teacher, model, adapter, folder / "b")
     return folder / "b"
@@ -108,7 +108,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_moments_in_small_groups_are_those_of_one_reading(bundle: Path) -> None:
     texts = np.random.default_rng(0).integers(0, 257, (2, 700))
-    whole, small = Moments(bundle, texts, 1), Moments(bundle, texts, 1, chunk=100, budget=1)
+    whole, small = Hessians(bundle, texts, 1), Hessians(bundle, texts, 1, chunk=100, budget=1)
     for path in whole.paths:
         known = whole.of(path)
         assert np.abs(small.of(path) - known).max() < 1e-4 * np.abs(known).max(), path
@@ -120,10 +120,10 @@ def test_moments_in_small_groups_are_those_of_one_reading(bundle: Path) -> None:
 
 def test_too_little_text_is_one_sentence(bundle: Path) -> None:
     with pytest.raises(LawcatError, match="holds 100 tokens, 1,024 are needed"):
-        Moments(bundle, np.zeros((1, 100), np.int64))
+        Hessians(bundle, np.zeros((1, 100), np.int64))
 
 
 def test_the_identity_follows_text_and_bundle(bundle: Path) -> None:
     texts = np.zeros((2, 600), np.int64)
-    one, same, other = (Gptq(Moments(bundle, t)) for t in (texts, texts.copy(), texts + 1))
+    one, same, other = (Gptq(Hessians(bundle, t)) for t in (texts, texts.copy(), texts + 1))
     assert one.sha256 == same.sha256 != other.sha256
