@@ -1,4 +1,4 @@
-"""Codes chosen by what a text says matters (GPTQ, Frantar et al., arXiv 2210.17323), block by block of rows.
+"""Rounding by what a text says matters (GPTQ, Frantar et al., arXiv 2210.17323), block by block of rows.
 
 Rounding W to Q costs tr((W − Q) M (W − Q)ᵀ) in the product's output, with M = E[x xᵀ] of its input, which is
 the Hessian of that cost but for a factor of 2. Columns are rounded one after another, those with the largest
@@ -18,7 +18,7 @@ import numpy as np
 
 from lawcat_edge.calibration.hessian import Hessians
 from lawcat_edge.calibration.ranges import text_sha256
-from lawcat_edge.export.rounding import Codes, Rounder, bounds, grid
+from lawcat_edge.export.rounding import Quantised, Rounder, bounds, grid
 from lawcat_edge.export.schemes import Product
 from lawcat_edge.progress import Progress, quiet
 
@@ -39,7 +39,7 @@ class Gptq:
         hessian = self.hessians.of(path, self.progress)
         state: list[_Rounding] = []
 
-        def rounder(values: np.ndarray) -> Codes:
+        def rounder(values: np.ndarray) -> Quantised:
             if not state:
                 state.append(_Rounding(hessian, values.shape[1] * values.shape[2], spec))
             return state[0](values)
@@ -47,7 +47,7 @@ class Gptq:
         return rounder
 
 
-def round_rows(values: np.ndarray, hessian: np.ndarray, spec: Product) -> Codes:
+def round_rows(values: np.ndarray, hessian: np.ndarray, spec: Product) -> Quantised:
     """values [n, blocks, block] of a weight whose inputs have the Hessian ``hessian`` [K,K]."""
     return _Rounding(hessian, values.shape[1] * values.shape[2], spec)(values)
 
@@ -68,12 +68,12 @@ class _Rounding:
         inverse = np.linalg.inv(full[np.ix_(self.order, self.order)])
         self.U = np.linalg.cholesky((inverse + inverse.T) / 2).T.astype(np.float32)
 
-    def __call__(self, values: np.ndarray) -> Codes:
+    def __call__(self, values: np.ndarray) -> Quantised:
         n, blocks, block = values.shape
         found = grid(values, self.spec, self.weight.reshape(blocks, block))
         low, high = bounds(self.spec)
         left, block_of = np.ascontiguousarray(values.reshape(n, -1).T[self.order]), self.order // block
-        codes = np.empty_like(left)
+        quantised = np.empty_like(left)
         scales = np.ascontiguousarray(found.scales.T)
         offsets = None if found.offsets is None else np.ascontiguousarray(found.offsets.T)
         for start in range(0, len(left), _COLUMNS):
@@ -82,10 +82,10 @@ class _Rounding:
             for j in range(start, end):
                 scale = scales[block_of[j]]
                 offset = 0 if offsets is None else offsets[block_of[j]]
-                codes[j] = np.clip(np.rint(left[j] / scale - offset), low, high)
-                errors[j - start] = (left[j] - (codes[j] + offset) * scale) / self.U[j, j]
+                quantised[j] = np.clip(np.rint(left[j] / scale - offset), low, high)
+                errors[j - start] = (left[j] - (quantised[j] + offset) * scale) / self.U[j, j]
                 left[j + 1 : end] -= self.U[j, j + 1 : end, None] * errors[j - start]
             left[end:] -= self.U[start:end, end:].T @ errors
-        back = np.empty_like(codes)
-        back[self.order] = codes
-        return Codes(np.ascontiguousarray(back.T).reshape(values.shape), found.scales, found.offsets)
+        back = np.empty_like(quantised)
+        back[self.order] = quantised
+        return Quantised(np.ascontiguousarray(back.T).reshape(values.shape), found.scales, found.offsets)

@@ -58,8 +58,8 @@ class ExportOptions:
     verify: replay tokens in every graph. reference: tokens [T] -> logits [T,V] that they are held against;
     without it the graphs are only run and held against each other.
     ranges: (low, high) of what each static product reads, by "layers.3/down" (``calibration.ranges``).
-    rounder_of: chooses the codes of a scheme with rounding "gptq" (``calibration.gptq``); without it they are
-    rounded to nearest.
+    rounder_of: chooses the quantised values of a scheme with rounding "gptq" (``calibration.gptq``); without
+    it weights are rounded to nearest.
     sampling: temperature, top_k, top_p, min_p, repetition_penalty for generation_config.json; what is left
     out is as the adapter or else the teacher has it.
     short_text: the losses of the bundle in a folder and of its teacher on a short text, for the manifest's

@@ -36,7 +36,7 @@ class Layout:
     ranges: Mapping[str, products.Range] = field(default_factory=dict)
     """(low, high) of what static products read, by "layers.3/down"."""
     rounder_of: RounderOf | None = None
-    """Chooses codes by more than the nearest; None for a product that it knows nothing of."""
+    """Chooses quantised values by more than the nearest; None for a product that it knows nothing of."""
 
     @cached_property
     def rotation(self) -> Rotation | None:
@@ -83,7 +83,7 @@ class Layout:
         return spec.fitted(g.hidden_size) if product == "head" and g.tie_embeddings else spec
 
     def rounder(self, path: str, spec: Product) -> Rounder | None:
-        """How the product at path ("layers.3/down", "head") gets its codes; None: to nearest."""
+        """How the product at path ("layers.3/down", "head") gets its quantised values; None: to nearest."""
         return None if self.rounder_of is None or spec.kind == "fp32" else self.rounder_of(path, spec)
 
     @property

@@ -21,7 +21,7 @@ import numpy as np
 import onnx_ir as ir
 
 from lawcat_edge.export.builder import MS, GraphBuilder
-from lawcat_edge.export.rounding import OFFSET_STEPS, Codes, Rounder, blocked, nearest
+from lawcat_edge.export.rounding import OFFSET_STEPS, Quantised, Rounder, blocked, nearest
 from lawcat_edge.export.schemes import Product
 from lawcat_edge.export.writer import DataWriter
 
@@ -46,8 +46,8 @@ def store(
     if spec.kind == "nbits":
         blocks = -(-K // spec.block)
         shape = [N, blocks, spec.block * spec.bits // 8]
-        parts: list[Codes] = []
-        packed = (_packed(codes, spec) for codes in _coded(rows, spec, rounder, parts))
+        parts: list[Quantised] = []
+        packed = (_packed(part, spec) for part in _quantised(rows, spec, rounder, parts))
         writer.write(f"{name}.q{spec.bits}", ir.DataType.UINT8, shape, packed)
         writer.array(f"{name}.scales", np.concatenate([part.scales for part in parts]).astype(np.float16))
         if spec.offsets:
@@ -56,30 +56,32 @@ def store(
         return
     # MatMulInteger wants [K, N], so this one matrix is transposed in memory, a byte a weight
     weight, scale, at = np.empty((K, N), np.int8), np.empty(N, np.float32), 0
-    for codes in _coded(rows, spec, rounder, []):
-        n = len(codes.codes)
-        scale[at : at + n] = codes.scales[:, 0]
-        weight[:, at : at + n] = codes.codes[:, 0].T
+    for part in _quantised(rows, spec, rounder, []):
+        n = len(part.quantised)
+        scale[at : at + n] = part.scales[:, 0]
+        weight[:, at : at + n] = part.quantised[:, 0].T
         at += n
     assert at == N, (name, at, N)
     writer.array(f"{name}.s8", weight)
     writer.array(f"{name}.column_scales", scale)
 
 
-def _coded(rows: Rows, spec: Product, rounder: Rounder | None, kept: list[Codes]) -> Iterator[Codes]:
-    """The codes of each block of rows; ``kept`` collects them without the codes themselves."""
+def _quantised(
+    rows: Rows, spec: Product, rounder: Rounder | None, kept: list[Quantised]
+) -> Iterator[Quantised]:
+    """The quantised values of each block of rows; ``kept`` collects their scales and offsets alone."""
     for block in rows:
         values = blocked(block, spec)
-        codes = nearest(values, spec) if rounder is None else rounder(values)
-        kept.append(replace(codes, codes=_EMPTY))
-        yield codes
+        part = nearest(values, spec) if rounder is None else rounder(values)
+        kept.append(replace(part, quantised=_EMPTY))
+        yield part
 
 
-def _packed(codes: Codes, spec: Product) -> np.ndarray:
+def _packed(part: Quantised, spec: Product) -> np.ndarray:
     """Bytes [n, blocks, bytes]: unsigned, two to a byte where there are 4 bits, low first."""
     if spec.bits == 8:
-        return (codes.codes + 128).astype(np.uint8)
-    nibbles = (codes.codes + 8).astype(np.uint8)
+        return (part.quantised + 128).astype(np.uint8)
+    nibbles = (part.quantised + 8).astype(np.uint8)
     return nibbles[..., ::2] | nibbles[..., 1::2] << 4
 
 
@@ -112,7 +114,7 @@ def emit(
         if not spec.offsets:
             whole: ir.Value = g.node("MatMulNBits", inputs, path, MS, **attributes)
             return whole
-        y = g.node("MatMulNBits", inputs, f"{path}/codes", MS, **attributes)
+        y = g.node("MatMulNBits", inputs, f"{path}/quantised", MS, **attributes)
         return g.node("Add", [y, _offsets(g, spec, name, x, K, path)], path)
     if spec.kind == "fp32":
         y = g.node("FusedMatMul", [x, g.stored(f"{name}.weight")], path, MS, transB=1)

@@ -6,7 +6,7 @@
      "rotate": true, "max_rel_err": 10, "max_kl": 0.5,
      "rounding": "gptq", "layers": {"0": {"down": {...}}}}
 
-The last two may be left out: how codes are chosen ("nearest", which is the default, or "gptq", by what a
+The last two may be left out: how weights are rounded ("nearest", which is the default, or "gptq", by what a
 calibration text says matters), and products of single layers that differ. A product is one of
 
     {"kind": "fp32"}

@@ -44,31 +44,31 @@ def reference(weights: np.ndarray, hessian: np.ndarray, spec: Product) -> np.nda
     np.fill_diagonal(M, diagonal)
     found = grid(values.astype(np.float32), spec, diagonal.astype(np.float32).reshape(count, block))
     low, high = bounds(spec)
-    left, codes = values.reshape(n, -1), np.zeros((n, count * block))
+    left, quantised = values.reshape(n, -1), np.zeros((n, count * block))
     free = list(np.argsort(-diagonal, kind="stable"))
     while free:
         column, inverse = free[0], np.linalg.inv(M[np.ix_(free, free)])
         scale = found.scales[:, column // block].astype(np.float64)
         offset = 0 if found.offsets is None else found.offsets[:, column // block]
-        codes[:, column] = np.clip(np.rint(left[:, column] / scale - offset), low, high)
-        error = left[:, column] - (codes[:, column] + offset) * scale
+        quantised[:, column] = np.clip(np.rint(left[:, column] / scale - offset), low, high)
+        error = left[:, column] - (quantised[:, column] + offset) * scale
         left[:, free] -= error[:, None] * inverse[0] / inverse[0, 0]
         free.pop(0)
-    return codes.reshape(n, count, block)
+    return quantised.reshape(n, count, block)
 
 
 @pytest.mark.parametrize("spec", [FOUR, EIGHT, OFFSETS, COLUMN], ids=lambda spec: f"{spec.kind}{spec.bits}")
-def test_codes_are_those_of_the_textbook(spec: Product) -> None:
+def test_quantised_values_are_those_of_the_textbook(spec: Product) -> None:
     weights, x = problem()
     hessian = (x.T @ x / len(x)).astype(np.float32)
     found = round_rows(blocks(weights, spec), hessian, spec)
     known = reference(weights, hessian.astype(np.float64), spec)
-    assert (found.codes == known).mean() > 0.995  # float32 flips a tie now and then, and what follows it
-    assert np.abs(found.codes).max() <= 127
+    assert (found.quantised == known).mean() > 0.995  # float32 flips a tie now and then, and what follows it
+    assert np.abs(found.quantised).max() <= 127
 
 
 @pytest.mark.parametrize("spec", [FOUR, OFFSETS, COLUMN])
-def test_the_output_is_closer_than_with_the_nearest_codes(spec: Product) -> None:
+def test_the_output_is_closer_than_with_the_nearest(spec: Product) -> None:
     weights, x = problem()
     values = blocks(weights, spec)
 
@@ -85,7 +85,7 @@ def test_rows_may_come_in_any_blocks_of_rows() -> None:
     state = gptq._Rounding(hessian, 80, FOUR)
     whole = state(blocks(weights, FOUR))
     parts = [state(blocks(weights[k : k + 5], FOUR)) for k in range(0, len(weights), 5)]
-    assert (np.concatenate([part.codes for part in parts]) == whole.codes).mean() > 0.999
+    assert (np.concatenate([part.quantised for part in parts]) == whole.quantised).mean() > 0.999
     assert (np.concatenate([part.scales for part in parts]) == whole.scales).all()
 
 
@@ -93,9 +93,9 @@ def test_an_input_never_seen_is_rounded_all_the_same() -> None:
     weights, x = problem()
     x[:, ::3] = 0
     found = round_rows(blocks(weights, FOUR), (x.T @ x / len(x)).astype(np.float32), FOUR)
-    assert np.isfinite(found.codes).all()
+    assert np.isfinite(found.quantised).all()
     zero = round_rows(blocks(weights, FOUR), np.zeros((72, 72), np.float32), FOUR)
-    assert np.isfinite(zero.codes).all()
+    assert np.isfinite(zero.quantised).all()
 
 
 @pytest.fixture(scope="module")

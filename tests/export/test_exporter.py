@@ -219,18 +219,18 @@ def test_rounding_is_to_the_nearest_step() -> None:
     back = four.values().reshape(values.shape)
     assert np.square(back - values).mean() < 0.0095
     assert (back[0, 0] == 0).all()
-    assert four.codes.min() == -8
+    assert four.quantised.min() == -8
     for found in (eight, four):
         assert (found.scales.astype(np.float16) == found.scales).all()
 
 
 def test_offsets_give_back_weights_that_came_from_4_bits() -> None:
-    """A GGUF in Q4_1 holds blocks of 32 values d * code + m; symmetric codes lose much of that."""
+    """A GGUF in Q4_1 holds blocks of 32 values d * q + m; a symmetric grid loses much of that."""
     generator = np.random.default_rng(0)
     d, m = generator.random((50, 4, 1)) * 0.01 + 0.01, generator.random((50, 4, 1)) * -0.1 - 0.02
-    codes = generator.integers(0, 16, (50, 4, 32))
-    codes[..., 0], codes[..., 1] = 0, 15
-    values = (codes * d.astype(np.float16) + m.astype(np.float16)).astype(np.float32)
+    quantised = generator.integers(0, 16, (50, 4, 32))
+    quantised[..., 0], quantised[..., 1] = 0, 15
+    values = (quantised * d.astype(np.float16) + m.astype(np.float16)).astype(np.float32)
     values = values[((values.min(-1) < 0) & (values.max(-1) > 0)).all(-1)]
     assert len(values) > 30
     lost = {}
