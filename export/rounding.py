@@ -72,22 +72,22 @@ def grid(values: np.ndarray, spec: Product, weight: np.ndarray | None = None) ->
     """
     low, high = bounds(spec)
     if spec.bits != 4:
-        return Quantised(values, stored(np.abs(values).max(-1) / np.float32(high)))
+        return Quantised(values, as_float16(np.abs(values).max(-1) / np.float32(high)))
     if spec.offsets:
         least, most = np.minimum(values.min(-1), 0), np.maximum(values.max(-1), 0)
-        scale = stored((most - least) / np.float32(15))
+        scale = as_float16((most - least) / np.float32(15))
         offset = np.rint((least / scale + 8) * OFFSET_STEPS)
         return Quantised(values, scale, np.clip(offset, -128, 127).astype(np.float32) / OFFSET_STEPS)
     at = np.abs(values).argmax(-1)[..., None]
     # the value of largest size takes the end with one more step
     top = np.take_along_axis(values, at, -1)[..., 0] / np.float32(low)
-    best, chosen = np.full(top.shape, np.inf, np.float32), stored(top)
+    best, chosen = np.full(top.shape, np.inf, np.float32), as_float16(top)
     for shrink in _SHRINK:
-        scale = stored(top * np.float32(shrink))
+        scale = as_float16(top * np.float32(shrink))
         quantised = np.clip(np.rint(values / scale[..., None]), low, high)
         mass = quantised if weight is None else quantised * weight
         power = (quantised * mass).sum(-1)  # the scale that suits these best
-        scale = stored(np.where(power > 0, (values * mass).sum(-1) / np.maximum(power, 1e-30), scale))
+        scale = as_float16(np.where(power > 0, (values * mass).sum(-1) / np.maximum(power, 1e-30), scale))
         error = (values - quantised * scale[..., None]) ** 2
         error = (error if weight is None else error * weight).sum(-1)
         better = error < best
@@ -104,7 +104,7 @@ def rounded(values: np.ndarray, found: Quantised, spec: Product) -> np.ndarray:
     return scaled
 
 
-def stored(scale: np.ndarray) -> np.ndarray:
+def as_float16(scale: np.ndarray) -> np.ndarray:
     """The nearest float16 that is not zero, as float32."""
     half = np.asarray(scale, np.float32).astype(np.float16).astype(np.float32)
     return np.where(half == 0, _LEAST, half)
