@@ -22,7 +22,7 @@ from lawcat_edge.calibration.texts import spread
 from lawcat_edge.data.readers import expand
 from lawcat_edge.evaluate.lm import load_tokenizer
 from lawcat_edge.export.exporter import ExportOptions, export_bundle
-from lawcat_edge.export.schemes import SCHEMES, Product, Scheme
+from lawcat_edge.export.schemes import SCHEMES, Linear, Scheme
 from lawcat_edge.progress import Progress, quiet
 from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.runtime.files import sha256_file
@@ -149,8 +149,8 @@ def basis_scheme(rotate: bool) -> Scheme:
     """fp32, in the basis that schemes with ``rotate`` have."""
     if not rotate:
         return SCHEMES["fp32"]
-    exact = Product("fp32")
-    products = dict.fromkeys(SCHEMES["fp32"].products, exact)
+    exact = Linear("fp32")
+    products = dict.fromkeys(SCHEMES["fp32"].linears, exact)
     return Scheme(ROTATED, products, exact, 0.05, 1e-3, rotate=True)
 
 
@@ -161,7 +161,7 @@ def static_ranges(ranges: Ranges, scheme: Scheme) -> dict[str, tuple[float, floa
         layer, slash, name = path.partition("/")
         if not slash:
             continue
-        spec = scheme.product(name, int(layer.removeprefix("layers.")))
+        spec = scheme.linear(name, int(layer.removeprefix("layers.")))
         if spec.kind == "static":
             found[path] = ranges.range(path, spec.method)
     return found

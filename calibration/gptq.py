@@ -19,7 +19,7 @@ import numpy as np
 from lawcat_edge.calibration.hessian import Hessians
 from lawcat_edge.calibration.ranges import text_sha256
 from lawcat_edge.export.rounding import Quantised, Rounder, bounds, grid
-from lawcat_edge.export.schemes import Product
+from lawcat_edge.export.schemes import Linear
 from lawcat_edge.progress import Progress, quiet
 
 DAMPING = 0.01
@@ -35,7 +35,7 @@ class Gptq:
         what = [DAMPING, hessians.bundle.sha256, [text_sha256(row) for row in hessians.texts]]
         self.sha256 = hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
-    def __call__(self, path: str, spec: Product) -> Rounder:
+    def __call__(self, path: str, spec: Linear) -> Rounder:
         hessian = self.hessians.of(path, self.progress)
         state: list[_Rounding] = []
 
@@ -47,7 +47,7 @@ class Gptq:
         return rounder
 
 
-def round_rows(values: np.ndarray, hessian: np.ndarray, spec: Product) -> Quantised:
+def round_rows(values: np.ndarray, hessian: np.ndarray, spec: Linear) -> Quantised:
     """values [n, blocks, block] of a weight whose inputs have the Hessian ``hessian`` [K,K]."""
     return _Rounding(hessian, values.shape[1] * values.shape[2], spec)(values)
 
@@ -55,7 +55,7 @@ def round_rows(values: np.ndarray, hessian: np.ndarray, spec: Product) -> Quanti
 class _Rounding:
     """What all rows of one product share. width: K, with the padding of its last block."""
 
-    def __init__(self, hessian: np.ndarray, width: int, spec: Product) -> None:
+    def __init__(self, hessian: np.ndarray, width: int, spec: Linear) -> None:
         K = len(hessian)
         full = np.zeros((width, width))
         full[:K, :K] = hessian

@@ -22,7 +22,7 @@ from lawcat_edge.export import genai, mobile
 from lawcat_edge.export.extras import copy_tokenizer, token_ids
 from lawcat_edge.export.flavours import rewrite
 from lawcat_edge.export.layout import Layout, RounderOf
-from lawcat_edge.export.schemes import PRODUCTS, SCHEMES, Scheme
+from lawcat_edge.export.schemes import LINEARS, SCHEMES, Scheme
 from lawcat_edge.export.stitch import SLOTS, stitch
 from lawcat_edge.export.trace import trace_layer
 from lawcat_edge.export.verify import Agreement, Reference, verify_folder
@@ -209,7 +209,7 @@ def _check_layers(layout: Layout) -> None:
         raise LawcatError(
             f"The scheme names layer {beyond[0]}, but the model has {count}; correct the scheme."
         )
-    paths = [(i, name) for i in range(count) for name in PRODUCTS if name != "head"]
+    paths = [(i, name) for i in range(count) for name in LINEARS if name != "head"]
     for i, name in paths:
         if layout.spec(name, i).kind == "static" and f"layers.{i}/{name}" not in layout.ranges:
             raise LawcatError(

@@ -12,14 +12,14 @@ from lawcat_edge.config import LawcatConfig
 from lawcat_edge.export import products
 from lawcat_edge.export.rotation import Rotation, rotation_of_down, rotation_of_values
 from lawcat_edge.export.rounding import Rounder
-from lawcat_edge.export.schemes import Product, Scheme
+from lawcat_edge.export.schemes import Linear, Scheme
 from lawcat_edge.export.step import DecoderLayer, layer_module
 from lawcat_edge.export.writer import DataWriter
 from lawcat_edge.families import Geometry
 from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.weights import WeightSource
 
-RounderOf = Callable[[str, Product], Rounder | None]
+RounderOf = Callable[[str, Linear], Rounder | None]
 _BLOCK_BYTES = 64 << 20  # of float32 rows that are in memory at once
 _WORTH = 1024  # entries from which on half the bytes are worth a node
 
@@ -75,19 +75,19 @@ class Layout:
         N, K = self.module(layer).shapes()[f"{product}.weight"]
         return N, K
 
-    def spec(self, product: str, layer: int | None = None) -> Product:
+    def spec(self, product: str, layer: int | None = None) -> Linear:
         """The scheme's product; that of a tied head has a block that suits the embedding."""
-        spec, g = self.scheme.product(product, layer), self.geometry
+        spec, g = self.scheme.linear(product, layer), self.geometry
         if spec.offsets:  # sums over blocks of the input leave no room for padding
             spec = spec.fitted(self.shape(product, layer)[1])
         return spec.fitted(g.hidden_size) if product == "head" and g.tie_embeddings else spec
 
-    def rounder(self, path: str, spec: Product) -> Rounder | None:
+    def rounder(self, path: str, spec: Linear) -> Rounder | None:
         """How the product at path ("layers.3/down", "head") gets its quantised values; None: to nearest."""
         return None if self.rounder_of is None or spec.kind == "fp32" else self.rounder_of(path, spec)
 
     @property
-    def embedding_spec(self) -> Product:
+    def embedding_spec(self) -> Linear:
         return self.scheme.embedding.fitted(self.geometry.hidden_size)
 
     @property
@@ -121,24 +121,24 @@ class Layout:
         products.store(writer, spec, "head", rows, *self.shape("head"), self.rounder("head", spec))
 
     def store_layer(self, writer: DataWriter, i: int) -> None:
-        self.store_products(writer, i)
+        self.store_linears(writer, i)
         for name, value in self._small(i).items():
             writer.array(f"layers.{i}.{name}", _exact(np.ascontiguousarray(value, np.float32)))
 
-    def store_products(self, writer: DataWriter, i: int) -> None:
+    def store_linears(self, writer: DataWriter, i: int) -> None:
         """The products of a layer alone, without its small tensors."""
-        for product, make in self._products.items():
+        for product, make in self._linears.items():
             spec, shape = self.spec(product, i), self.shape(product, i)
             rounder = self.rounder(f"layers.{i}/{product}", spec)
             products.store(writer, spec, f"layers.{i}.{product}", make(i), *shape, rounder)
 
     def arrays(self, i: int) -> dict[str, np.ndarray]:
         """All tensors of a layer in float32, as ``step.DecoderLayer.forward`` takes them."""
-        weights = {f"{name}.weight": np.concatenate(list(make(i))) for name, make in self._products.items()}
+        weights = {f"{name}.weight": np.concatenate(list(make(i))) for name, make in self._linears.items()}
         return weights | self._small(i)
 
     @property
-    def _products(self) -> dict[str, Callable[[int], Iterator[np.ndarray]]]:
+    def _linears(self) -> dict[str, Callable[[int], Iterator[np.ndarray]]]:
         return {"qkv": self._qkv, "o": self._o, "gate_up": self._gate_up, "down": self._down}
 
     def store_first_norm(self, writer: DataWriter) -> None:

@@ -22,7 +22,7 @@ import onnx_ir as ir
 
 from lawcat_edge.export.builder import MS, GraphBuilder
 from lawcat_edge.export.rounding import OFFSET_STEPS, Quantised, Rounder, blocked, nearest
-from lawcat_edge.export.schemes import Product
+from lawcat_edge.export.schemes import Linear
 from lawcat_edge.export.writer import DataWriter
 
 Rows = Iterable[np.ndarray]
@@ -32,7 +32,7 @@ _EMPTY = np.empty(0, np.float32)
 
 def store(
     writer: DataWriter,
-    spec: Product,
+    spec: Linear,
     name: str,
     rows: Rows,
     N: int,
@@ -67,7 +67,7 @@ def store(
 
 
 def _quantised(
-    rows: Rows, spec: Product, rounder: Rounder | None, kept: list[Quantised]
+    rows: Rows, spec: Linear, rounder: Rounder | None, kept: list[Quantised]
 ) -> Iterator[Quantised]:
     """The quantised values of each block of rows; ``kept`` collects their scales and offsets alone."""
     for block in rows:
@@ -77,7 +77,7 @@ def _quantised(
         yield part
 
 
-def _packed(part: Quantised, spec: Product) -> np.ndarray:
+def _packed(part: Quantised, spec: Linear) -> np.ndarray:
     """Bytes [n, blocks, bytes]: unsigned, two to a byte where there are 4 bits, low first."""
     if spec.bits == 8:
         return (part.quantised + 128).astype(np.uint8)
@@ -87,7 +87,7 @@ def _packed(part: Quantised, spec: Product) -> np.ndarray:
 
 def emit(
     g: GraphBuilder,
-    spec: Product,
+    spec: Linear,
     name: str,
     x: ir.Value,
     N: int,
@@ -158,7 +158,7 @@ def _integer(
     return g.node("MatMulIntegerToFloat", inputs, path, MS)
 
 
-def _offsets(g: GraphBuilder, spec: Product, name: str, x: ir.Value, K: int, path: str) -> ir.Value:
+def _offsets(g: GraphBuilder, spec: Linear, name: str, x: ir.Value, K: int, path: str) -> ir.Value:
     """What the blocks' offsets add: the sum of x over each block, times offset * scale."""
     blocks = K // spec.block
     parts = g.node("Reshape", [x, _ints(g, [0, 0, blocks, spec.block])], f"{path}/blocks")
@@ -170,7 +170,7 @@ def _offsets(g: GraphBuilder, spec: Product, name: str, x: ir.Value, K: int, pat
     return g.node("FusedMatMul", [sums, matrix], f"{path}/offsets", MS, transB=1)
 
 
-def same_table(embedding: Product, head: Product) -> bool:
+def same_table(embedding: Linear, head: Linear) -> bool:
     """Whether one stored table can serve the embedding and a tied head."""
     if "fp32" in (embedding.kind, head.kind):
         return embedding.kind == head.kind
@@ -184,7 +184,7 @@ def emit_rotation(g: GraphBuilder, name: str, block: int, x: ir.Value, path: str
     return g.node("Reshape", [rotated, _ints(g, [0, 0, -1])], path)
 
 
-def emit_embedding(g: GraphBuilder, spec: Product, name: str, ids: ir.Value, V: int, D: int) -> ir.Value:
+def emit_embedding(g: GraphBuilder, spec: Linear, name: str, ids: ir.Value, V: int, D: int) -> ir.Value:
     """Rows of the table ``name``: ids [B,T] -> [B,T,D]."""
     if spec.kind == "fp32":
         return g.node("Gather", [g.stored(f"{name}.weight"), ids], "embedding", axis=0)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lawcat_edge.export.schemes import Product
+from lawcat_edge.export.schemes import Linear
 
 OFFSET_STEPS = 16
 """Offsets are whole multiples of 1/16 of a scale, in a byte each."""
@@ -42,13 +42,13 @@ Rounder = Callable[[np.ndarray], Quantised]
 """values [n, blocks, block] -> those quantised; rows do not depend on each other."""
 
 
-def bounds(spec: Product) -> tuple[int, int]:
+def bounds(spec: Linear) -> tuple[int, int]:
     """The smallest and the largest quantised value. 8 and 7 bits are symmetric."""
     high = (1 << (spec.bits - 1)) - 1
     return (-high - 1 if spec.bits == 4 else -high), high
 
 
-def blocked(rows: np.ndarray, spec: Product) -> np.ndarray:
+def blocked(rows: np.ndarray, spec: Linear) -> np.ndarray:
     """rows [n, K] -> [n, blocks, block], filled up with zeros."""
     n, K = rows.shape
     block = spec.block if spec.kind == "nbits" else K
@@ -57,13 +57,13 @@ def blocked(rows: np.ndarray, spec: Product) -> np.ndarray:
     return rows.reshape(n, -1, block)
 
 
-def nearest(values: np.ndarray, spec: Product) -> Quantised:
+def nearest(values: np.ndarray, spec: Linear) -> Quantised:
     """Each value to the nearest one of the grid."""
     found = grid(values, spec)
     return Quantised(rounded(values, found, spec), found.scales, found.offsets)
 
 
-def grid(values: np.ndarray, spec: Product, weight: np.ndarray | None = None) -> Quantised:
+def grid(values: np.ndarray, spec: Linear, weight: np.ndarray | None = None) -> Quantised:
     """Scales and offsets for values [n, blocks, block], with quantised values of no meaning.
 
     8 and 7 bits: the largest value is the last of the grid. 4 bits: the bound of least squared error, each
@@ -95,7 +95,7 @@ def grid(values: np.ndarray, spec: Product, weight: np.ndarray | None = None) ->
     return Quantised(values, chosen)
 
 
-def rounded(values: np.ndarray, found: Quantised, spec: Product) -> np.ndarray:
+def rounded(values: np.ndarray, found: Quantised, spec: Linear) -> np.ndarray:
     """The quantised values nearest to values on a grid."""
     scaled: np.ndarray = values / found.scales[..., None]
     if found.offsets is not None:

@@ -113,14 +113,14 @@ class DecoderLayer(nn.Module):
         g = self.geometry
         y, *states = self.attention(h, tensors, state, inputs)
         eps = g.rms_norm_eps
-        update = self.product("o", y, tensors)
+        update = self.linear("o", y, tensors)
         h, x = ops.skip_norm(x, update, tensors["norm_attn"], tensors.get("o_bias"), eps)
-        gate, up = torch.split(self.product("gate_up", h, tensors), g.intermediate_size, 2)
-        update = self.product("down", ops.silu(gate) * up, tensors)
+        gate, up = torch.split(self.linear("gate_up", h, tensors), g.intermediate_size, 2)
+        update = self.linear("down", ops.silu(gate) * up, tensors)
         h, x = ops.skip_norm(x, update, tensors["norm_next"], tensors.get("down_bias"), eps)
         return (x, h, *states)
 
-    def product(self, name: str, x: Tensor, tensors: Tensors) -> Tensor:
+    def linear(self, name: str, x: Tensor, tensors: Tensors) -> Tensor:
         result: Tensor = ops.linear(x, tensors[f"{name}.weight"], tensors.get(f"{name}.bias"), name)
         return result
 
@@ -150,7 +150,7 @@ class FullAttentionLayer(DecoderLayer):
 
     def attention(self, h: Tensor, tensors: Tensors, state: Tensors, inputs: Tensors) -> tuple[Tensor, ...]:
         g, w = self.geometry, Widths.of(self.geometry, self.config, full=True)
-        q, k, v = self.product("qkv", h, tensors), None, None
+        q, k, v = self.linear("qkv", h, tensors), None, None
         if g.qk_norm:
             q, v = torch.split(q, [w.q + w.k, w.v], 2)
             q, k = self.qk_normed(q, tensors["qk_gamma"])
@@ -228,7 +228,7 @@ class LinearAttentionLayer(DecoderLayer):
         g, w = self.geometry, Widths.of(self.geometry, self.config)
         G, d = g.num_kv_heads, g.head_dim
         heads = [d] * G if g.groups > 1 else [w.k]
-        whole = self.product("qkv", h, tensors)
+        whole = self.linear("qkv", h, tensors)
         if not self.config.window:
             # one list for as much as can be split at once
             each = [w.v // G] * G if g.groups > 1 else [w.v]

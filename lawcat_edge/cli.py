@@ -34,7 +34,7 @@ PLACES = ("model", "teacher", "adapter", "reference")  # options that are a path
 COMMANDS = {
     "demo": "The main job on the embedded teacher, start to end.",
     "distill": "Train an adapter: a teacher's attention becomes linear.",
-    "calibrate": "Ranges of activations for fixed 8-bit products.",
+    "calibrate": "Ranges of activations for linear layers with fixed 8-bit activations.",
     "export": "A teacher and an adapter become a bundle.",
     "verify": "Is a bundle whole, and does it compute what it should?",
     "info": "What a bundle or an adapter is, and where it comes from.",

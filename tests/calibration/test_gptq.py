@@ -13,11 +13,11 @@ from lawcat_edge.calibration.gptq import DAMPING, Gptq, round_rows
 from lawcat_edge.calibration.hessian import Hessians
 from lawcat_edge.config import LawcatConfig
 from lawcat_edge.export.rounding import bounds, grid, nearest
-from lawcat_edge.export.schemes import Product
+from lawcat_edge.export.schemes import Linear
 from lawcat_edge.runtime.errors import LawcatError
 
-FOUR, EIGHT = Product("nbits", 4, 16), Product("nbits", 8, 16)
-OFFSETS, COLUMN = Product("nbits", 4, 16, offsets=True), Product("static", 7)
+FOUR, EIGHT = Linear("nbits", 4, 16), Linear("nbits", 8, 16)
+OFFSETS, COLUMN = Linear("nbits", 4, 16, offsets=True), Linear("static", 7)
 
 
 def problem(K: int = 72, n: int = 21) -> tuple[np.ndarray, np.ndarray]:
@@ -27,12 +27,12 @@ def problem(K: int = 72, n: int = 21) -> tuple[np.ndarray, np.ndarray]:
     return rng.standard_normal((n, K)).astype(np.float32), rng.standard_normal((4000, K)) @ mixed
 
 
-def blocks(rows: np.ndarray, spec: Product) -> np.ndarray:
+def blocks(rows: np.ndarray, spec: Linear) -> np.ndarray:
     block = spec.block if spec.kind == "nbits" else rows.shape[1]
     return np.pad(rows, ((0, 0), (0, -rows.shape[1] % block))).reshape(len(rows), -1, block)
 
 
-def reference(weights: np.ndarray, hessian: np.ndarray, spec: Product) -> np.ndarray:
+def reference(weights: np.ndarray, hessian: np.ndarray, spec: Linear) -> np.ndarray:
     """The textbook form: one column at a time, each time the inverse of M over the columns still free."""
     values = blocks(weights, spec).astype(np.float64)
     n, count, block = values.shape
@@ -58,7 +58,7 @@ def reference(weights: np.ndarray, hessian: np.ndarray, spec: Product) -> np.nda
 
 
 @pytest.mark.parametrize("spec", [FOUR, EIGHT, OFFSETS, COLUMN], ids=lambda spec: f"{spec.kind}{spec.bits}")
-def test_quantised_values_are_those_of_the_textbook(spec: Product) -> None:
+def test_quantised_values_are_those_of_the_textbook(spec: Linear) -> None:
     weights, x = problem()
     hessian = (x.T @ x / len(x)).astype(np.float32)
     found = round_rows(blocks(weights, spec), hessian, spec)
@@ -68,7 +68,7 @@ def test_quantised_values_are_those_of_the_textbook(spec: Product) -> None:
 
 
 @pytest.mark.parametrize("spec", [FOUR, OFFSETS, COLUMN])
-def test_the_output_is_closer_than_with_the_nearest(spec: Product) -> None:
+def test_the_output_is_closer_than_with_the_nearest(spec: Linear) -> None:
     weights, x = problem()
     values = blocks(weights, spec)
 

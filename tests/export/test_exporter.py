@@ -23,7 +23,7 @@ from lawcat_edge.export import exporter, layout
 from lawcat_edge.export.exporter import ExportOptions, export_bundle
 from lawcat_edge.export.rotation import Rotation
 from lawcat_edge.export.rounding import nearest
-from lawcat_edge.export.schemes import SCHEMES, Product, Scheme, load_scheme
+from lawcat_edge.export.schemes import SCHEMES, Linear, Scheme, load_scheme
 from lawcat_edge.export.verify import compare, cut, replay
 from lawcat_edge.export.writer import DataWriter
 from lawcat_edge.families import Geometry
@@ -186,7 +186,7 @@ def test_rotation_changes_nothing_in_float32(tmp_path: Path) -> None:
             tmp_path / f"{family}{tied}", family, lora=2, tie_word_embeddings=tied, attention_bias=True
         )
         fp32 = SCHEMES["fp32"]
-        rotated = Scheme("turned", fp32.products, fp32.embedding, 1e-4, 1e-6, rotate=True)
+        rotated = Scheme("turned", fp32.linears, fp32.embedding, 1e-4, 1e-6, rotate=True)
         plain = make_bundle(teacher, model, adapter, tmp_path / "a", scheme="fp32")
         rotated_x = make_bundle(teacher, model, adapter, tmp_path / "b", scheme=rotated)
         assert rotated_x["parity"]["ort"]["rel_err"] < 5e-5
@@ -211,11 +211,11 @@ def test_rotation_is_orthogonal(width: int) -> None:
 def test_rounding_is_to_the_nearest_step() -> None:
     values = np.random.default_rng(0).standard_normal((7, 3, 32)).astype(np.float32)
     values[0, 0] = 0
-    eight = nearest(values, Product("nbits", 8, 32))
+    eight = nearest(values, Linear("nbits", 8, 32))
     back = eight.values().reshape(values.shape)
     # half a step, and what the largest value loses to its scale being a float16
     assert (np.abs(back - values) <= eight.scales[..., None] * 0.5001 + np.abs(values) * 5e-4).all()
-    four = nearest(values, Product("nbits", 4, 32))
+    four = nearest(values, Linear("nbits", 4, 32))
     back = four.values().reshape(values.shape)
     assert np.square(back - values).mean() < 0.0095
     assert (back[0, 0] == 0).all()
@@ -235,7 +235,7 @@ def test_offsets_give_back_weights_that_came_from_4_bits() -> None:
     assert len(values) > 30
     lost = {}
     for offsets in (True, False):
-        found = nearest(values, Product("nbits", 4, 32, offsets=offsets))
+        found = nearest(values, Linear("nbits", 4, 32, offsets=offsets))
         lost[offsets] = np.square(found.values().reshape(values.shape) - values).mean()
     assert lost[True] < lost[False] / 100
 
@@ -244,8 +244,8 @@ def test_integer_product_of_seven_bits_cannot_saturate(tmp_path: Path) -> None:
     """Two u8 x s8 products fit 16 bits for the stored weights, whatever the activations: no VNNI needed, and
     no setting of the runtime's."""
     teacher, model, adapter = make_student(tmp_path / "t")
-    seven = dict.fromkeys(("qkv", "o", "gate_up", "down"), Product("dynamic", 7))
-    scheme = replace(SCHEMES["int8-dynamic"], products=SCHEMES["int8-dynamic"].products | seven)
+    seven = dict.fromkeys(("qkv", "o", "gate_up", "down"), Linear("dynamic", 7))
+    scheme = replace(SCHEMES["int8-dynamic"], linears=SCHEMES["int8-dynamic"].linears | seven)
     make_bundle(teacher, model, adapter, tmp_path / "b", scheme=scheme)
     graph = onnx.load(tmp_path / "b" / "model.onnx").graph
     signed = [onnx.numpy_helper.to_array(t) for t in graph.initializer if t.name.endswith(".s8")]
@@ -407,7 +407,7 @@ def test_untrained_bundle_runs_and_rejects_nothing(tmp_path: Path) -> None:
     assert np.isfinite(replay(engine, tokens, [20, 30])).all()
     genai = json.loads((tmp_path / "b" / "genai_config.json").read_text())
     assert genai["model"]["vocab_size"] == 257
-    assert Product("fp32").to_dict() == {"kind": "fp32"}
+    assert Linear("fp32").to_dict() == {"kind": "fp32"}
 
 
 @pytest.mark.parametrize("template", [None, "{% for m in messages %}{{ m['content'] }}{% endfor %}"])
