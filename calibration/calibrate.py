@@ -1,4 +1,4 @@
-"""What a scheme must know of activations, measured on the student at hand: ranges, and moments for rounding.
+"""What a scheme must know of activations, measured on the student at hand: ranges, and Hessians for rounding.
 
 Both are measured on an fp32 bundle in the scheme's own basis (rotated or not), on text that the user gives
 or, without any, on text that the teacher writes itself.
@@ -16,13 +16,13 @@ import numpy as np
 
 from lawcat_edge.calibration import TOKENS
 from lawcat_edge.calibration.gptq import Gptq
-from lawcat_edge.calibration.hessian import Moments
+from lawcat_edge.calibration.hessian import Hessians
 from lawcat_edge.calibration.ranges import ROTATED, Ranges, measure_ranges
 from lawcat_edge.calibration.texts import spread
 from lawcat_edge.data.readers import expand
 from lawcat_edge.evaluate.lm import load_tokenizer
 from lawcat_edge.export.exporter import ExportOptions, export_bundle
-from lawcat_edge.export.schemes import SCHEMES, Product, Scheme
+from lawcat_edge.export.schemes import SCHEMES, Linear, Scheme
 from lawcat_edge.progress import Progress, quiet
 from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.runtime.files import sha256_file
@@ -45,7 +45,7 @@ class Calibration:
     seed: int = 0
     plain: Path | None = None
     _ranges: dict[bool, Ranges] = field(default_factory=dict)
-    _moments: dict[bool, Moments] = field(default_factory=dict)
+    _hessians: dict[bool, Hessians] = field(default_factory=dict)
     _texts: np.ndarray | None = None
     _made: set[bool] = field(default_factory=set)
 
@@ -84,10 +84,10 @@ class Calibration:
         return self._ranges[rotate]
 
     def gptq(self, rotate: bool, progress: Progress = quiet) -> Gptq:
-        if rotate not in self._moments:
-            moments = Moments(self._bundle(rotate, progress), self.texts(progress), self.threads)
-            self._moments = {rotate: moments}  # one basis at a time in memory
-        return Gptq(self._moments[rotate], progress)
+        if rotate not in self._hessians:
+            hessians = Hessians(self._bundle(rotate, progress), self.texts(progress), self.threads)
+            self._hessians = {rotate: hessians}  # one basis at a time in memory
+        return Gptq(self._hessians[rotate], progress)
 
     @property
     def identity(self) -> list[Any]:
@@ -149,8 +149,8 @@ def basis_scheme(rotate: bool) -> Scheme:
     """fp32, in the basis that schemes with ``rotate`` have."""
     if not rotate:
         return SCHEMES["fp32"]
-    exact = Product("fp32")
-    products = dict.fromkeys(SCHEMES["fp32"].products, exact)
+    exact = Linear("fp32")
+    products = dict.fromkeys(SCHEMES["fp32"].linears, exact)
     return Scheme(ROTATED, products, exact, 0.05, 1e-3, rotate=True)
 
 
@@ -161,7 +161,7 @@ def static_ranges(ranges: Ranges, scheme: Scheme) -> dict[str, tuple[float, floa
         layer, slash, name = path.partition("/")
         if not slash:
             continue
-        spec = scheme.product(name, int(layer.removeprefix("layers.")))
+        spec = scheme.linear(name, int(layer.removeprefix("layers.")))
         if spec.kind == "static":
             found[path] = ranges.range(path, spec.method)
     return found

@@ -1,8 +1,9 @@
-"""Codes chosen by what a text says matters (GPTQ, Frantar et al., arXiv 2210.17323), block by block of rows.
+"""Rounding by what a text says matters (GPTQ, Frantar et al., arXiv 2210.17323), block by block of rows.
 
-Rounding W to Q costs tr((W − Q) M (W − Q)ᵀ) in the product's output, with M = E[x xᵀ] of its input. Columns
-are rounded one after another, those with the largest inputs first, and the error of each is made good by the
-columns that are still free: with U the upper Cholesky factor of M⁻¹, row j of it says by how much.
+Rounding W to Q costs tr((W − Q) M (W − Q)ᵀ) in the product's output, with M = E[x xᵀ] of its input, which is
+the Hessian of that cost but for a factor of 2. Columns are rounded one after another, those with the largest
+inputs first, and the error of each is made good by the columns that are still free: with U the upper Cholesky
+factor of M⁻¹, row j of it says by how much.
 
 Scales are chosen beforehand, by least squares weighted with the diagonal of M, and rows do not depend on each
 other; so a matrix of any height streams through in blocks of rows, and memory is that of M and of one block.
@@ -15,10 +16,10 @@ import json
 
 import numpy as np
 
-from lawcat_edge.calibration.hessian import Moments
+from lawcat_edge.calibration.hessian import Hessians
 from lawcat_edge.calibration.ranges import text_sha256
-from lawcat_edge.export.rounding import Codes, Rounder, bounds, grid
-from lawcat_edge.export.schemes import Product
+from lawcat_edge.export.rounding import Quantised, Rounder, bounds, grid
+from lawcat_edge.export.schemes import Linear
 from lawcat_edge.progress import Progress, quiet
 
 DAMPING = 0.01
@@ -27,37 +28,37 @@ _COLUMNS = 64  # rounded before the rest is brought up to date with one product
 
 
 class Gptq:
-    """Gives the exporter its rounder for each product: ``Gptq(moments)("layers.3/down", spec)``."""
+    """Gives the exporter its rounder for each product: ``Gptq(hessians)("layers.3/down", spec)``."""
 
-    def __init__(self, moments: Moments, progress: Progress = quiet) -> None:
-        self.moments, self.progress = moments, progress
-        what = [DAMPING, moments.bundle.sha256, [text_sha256(row) for row in moments.texts]]
+    def __init__(self, hessians: Hessians, progress: Progress = quiet) -> None:
+        self.hessians, self.progress = hessians, progress
+        what = [DAMPING, hessians.bundle.sha256, [text_sha256(row) for row in hessians.texts]]
         self.sha256 = hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
-    def __call__(self, path: str, spec: Product) -> Rounder:
-        moment = self.moments.of(path, self.progress)
+    def __call__(self, path: str, spec: Linear) -> Rounder:
+        hessian = self.hessians.of(path, self.progress)
         state: list[_Rounding] = []
 
-        def rounder(values: np.ndarray) -> Codes:
+        def rounder(values: np.ndarray) -> Quantised:
             if not state:
-                state.append(_Rounding(moment, values.shape[1] * values.shape[2], spec))
+                state.append(_Rounding(hessian, values.shape[1] * values.shape[2], spec))
             return state[0](values)
 
         return rounder
 
 
-def round_rows(values: np.ndarray, moment: np.ndarray, spec: Product) -> Codes:
-    """values [n, blocks, block] of a weight whose inputs have the second moments ``moment`` [K,K]."""
-    return _Rounding(moment, values.shape[1] * values.shape[2], spec)(values)
+def round_rows(values: np.ndarray, hessian: np.ndarray, spec: Linear) -> Quantised:
+    """values [n, blocks, block] of a weight whose inputs have the Hessian ``hessian`` [K,K]."""
+    return _Rounding(hessian, values.shape[1] * values.shape[2], spec)(values)
 
 
 class _Rounding:
     """What all rows of one product share. width: K, with the padding of its last block."""
 
-    def __init__(self, moment: np.ndarray, width: int, spec: Product) -> None:
-        K = len(moment)
+    def __init__(self, hessian: np.ndarray, width: int, spec: Linear) -> None:
+        K = len(hessian)
         full = np.zeros((width, width))
-        full[:K, :K] = moment
+        full[:K, :K] = hessian
         diagonal = full.diagonal().copy()
         diagonal[:K] += DAMPING * max(diagonal[:K].mean(), 1e-30)
         diagonal[K:] = diagonal[:K].mean()
@@ -67,12 +68,12 @@ class _Rounding:
         inverse = np.linalg.inv(full[np.ix_(self.order, self.order)])
         self.U = np.linalg.cholesky((inverse + inverse.T) / 2).T.astype(np.float32)
 
-    def __call__(self, values: np.ndarray) -> Codes:
+    def __call__(self, values: np.ndarray) -> Quantised:
         n, blocks, block = values.shape
         found = grid(values, self.spec, self.weight.reshape(blocks, block))
         low, high = bounds(self.spec)
         left, block_of = np.ascontiguousarray(values.reshape(n, -1).T[self.order]), self.order // block
-        codes = np.empty_like(left)
+        quantised = np.empty_like(left)
         scales = np.ascontiguousarray(found.scales.T)
         offsets = None if found.offsets is None else np.ascontiguousarray(found.offsets.T)
         for start in range(0, len(left), _COLUMNS):
@@ -81,10 +82,10 @@ class _Rounding:
             for j in range(start, end):
                 scale = scales[block_of[j]]
                 offset = 0 if offsets is None else offsets[block_of[j]]
-                codes[j] = np.clip(np.rint(left[j] / scale - offset), low, high)
-                errors[j - start] = (left[j] - (codes[j] + offset) * scale) / self.U[j, j]
+                quantised[j] = np.clip(np.rint(left[j] / scale - offset), low, high)
+                errors[j - start] = (left[j] - (quantised[j] + offset) * scale) / self.U[j, j]
                 left[j + 1 : end] -= self.U[j, j + 1 : end, None] * errors[j - start]
             left[end:] -= self.U[start:end, end:].T @ errors
-        back = np.empty_like(codes)
-        back[self.order] = codes
-        return Codes(np.ascontiguousarray(back.T).reshape(values.shape), found.scales, found.offsets)
+        back = np.empty_like(quantised)
+        back[self.order] = quantised
+        return Quantised(np.ascontiguousarray(back.T).reshape(values.shape), found.scales, found.offsets)

@@ -1,4 +1,4 @@
-"""Second moments of what each product reads, E[x xᵀ], on the recurrent graph: what data-aware rounding needs.
+"""Hessians of what rounding a product costs, E[x xᵀ] of its input x, measured on the recurrent graph.
 
 They are large (the square of the width, a layer has four), so only as many layers as fit a budget are
 measured in one reading of the text, and they are forgotten when the next are asked for. A model of 135 M
@@ -12,16 +12,19 @@ from pathlib import Path
 import numpy as np
 
 from lawcat_edge.calibration.probes import Probed
+from lawcat_edge.config import LawcatConfig
+from lawcat_edge.export.step import layer_module
+from lawcat_edge.families import Geometry
 from lawcat_edge.progress import Progress, quiet
 from lawcat_edge.runtime.bundle.manifest import Bundle
 from lawcat_edge.runtime.errors import LawcatError
 
 BUDGET = 1 << 30
-"""Bytes of moments in memory at once (one product's may be more)."""
+"""Bytes of Hessians in memory at once (one product's may be more)."""
 LEAST_TOKENS = 1024
 
 
-class Moments:
+class Hessians:
     """Of the fp32 bundle in ``folder`` on texts int [n,T]; ``of`` measures when it must.
 
     Raises LawcatError for too little text.
@@ -42,6 +45,9 @@ class Moments:
         self.bundle, self.texts = Bundle.open(folder), texts
         self.threads, self.chunk, self.budget = threads, chunk, budget
         self.readings = 0
+        manifest = self.bundle.manifest
+        geometry, config = Geometry.from_dict(manifest.geometry), LawcatConfig.from_dict(manifest.lawcat)
+        self._shapes = layer_module(geometry, config, full=False).shapes()
         self._held: dict[str, np.ndarray] = {}
 
     @property
@@ -71,10 +77,11 @@ class Moments:
         return group
 
     def _width(self, path: str) -> int:
-        g = self.bundle.manifest.geometry
+        """K of a product: the numbers that it reads of every token."""
         name = path.rpartition("/")[2]
-        widths = {"o": g["num_heads"] * g["head_dim"], "down": g["intermediate_size"]}
-        return int(widths.get(name, g["hidden_size"]))
+        if name == "head":
+            return int(self.bundle.manifest.geometry["hidden_size"])
+        return self._shapes[f"{name}.weight"][1]
 
     def _measure(self, group: list[str], progress: Progress) -> dict[str, np.ndarray]:
         graph = Probed(self.bundle, self.threads, group)
@@ -85,8 +92,8 @@ class Moments:
                 x = values.reshape(-1, values.shape[-1])
                 found[path] += x.T @ x
             done += seen.tokens
-            progress("moments", done, self.texts.size)
+            progress("hessians", done, self.texts.size)
         self.readings += 1
-        for moment in found.values():
-            moment /= done
+        for hessian in found.values():
+            hessian /= done
         return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import numpy as np
 import onnx_ir as ir
@@ -83,6 +83,29 @@ class GraphBuilder:
                 name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor
             )
         return self._initializers[name]
+
+    @overload
+    def node(
+        self,
+        op: str,
+        inputs: Sequence[ir.Value | None],
+        name: str,
+        domain: str = "",
+        outputs: Literal[1] = 1,
+        **attributes: Any,
+    ) -> ir.Value: ...
+
+    @overload
+    def node(
+        self,
+        op: str,
+        inputs: Sequence[ir.Value | None],
+        name: str,
+        domain: str = "",
+        *,
+        outputs: int,
+        **attributes: Any,
+    ) -> Any: ...
 
     def node(
         self,

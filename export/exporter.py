@@ -22,7 +22,7 @@ from lawcat_edge.export import genai, mobile
 from lawcat_edge.export.extras import copy_tokenizer, token_ids
 from lawcat_edge.export.flavours import rewrite
 from lawcat_edge.export.layout import Layout, RounderOf
-from lawcat_edge.export.schemes import PRODUCTS, SCHEMES, Scheme
+from lawcat_edge.export.schemes import LINEARS, SCHEMES, Scheme
 from lawcat_edge.export.stitch import SLOTS, stitch
 from lawcat_edge.export.trace import trace_layer
 from lawcat_edge.export.verify import Agreement, Reference, verify_folder
@@ -58,8 +58,8 @@ class ExportOptions:
     verify: replay tokens in every graph. reference: tokens [T] -> logits [T,V] that they are held against;
     without it the graphs are only run and held against each other.
     ranges: (low, high) of what each static product reads, by "layers.3/down" (``calibration.ranges``).
-    rounder_of: chooses the codes of a scheme with rounding "gptq" (``calibration.gptq``); without it they are
-    rounded to nearest.
+    rounder_of: chooses the quantised values of a scheme with rounding "gptq" (``calibration.gptq``); without
+    it weights are rounded to nearest.
     sampling: temperature, top_k, top_p, min_p, repetition_penalty for generation_config.json; what is left
     out is as the adapter or else the teacher has it.
     short_text: the losses of the bundle in a folder and of its teacher on a short text, for the manifest's
@@ -209,7 +209,7 @@ def _check_layers(layout: Layout) -> None:
         raise LawcatError(
             f"The scheme names layer {beyond[0]}, but the model has {count}; correct the scheme."
         )
-    paths = [(i, name) for i in range(count) for name in PRODUCTS if name != "head"]
+    paths = [(i, name) for i in range(count) for name in LINEARS if name != "head"]
     for i, name in paths:
         if layout.spec(name, i).kind == "static" and f"layers.{i}/{name}" not in layout.ranges:
             raise LawcatError(

@@ -12,7 +12,7 @@ it node by node:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -88,8 +88,11 @@ class _Rewriter:
             new.type, new.shape = old.type, old.shape
         return results
 
-    def _do(self, op: str, inputs: Values, path: str, what: str, **attributes: Any) -> Any:
-        return self.g.node(op, inputs, f"{path}/{what}", **attributes)
+    def _do(
+        self, op: str, inputs: Sequence[ir.Value | None], path: str, what: str, **attributes: Any
+    ) -> ir.Value:
+        result: ir.Value = self.g.node(op, inputs, f"{path}/{what}", **attributes)
+        return result
 
     def _ints(self, *values: int) -> ir.Value:
         return self.g.constant(np.array(values, np.int64))
@@ -204,20 +207,20 @@ class _Rewriter:
         return [self._rotated(x, attributes["num_heads"], (cos, sin, positions), path)]
 
     def _rotated(self, x: ir.Value | None, heads: int, tables: tuple[Any, Any, Any], path: str) -> ir.Value:
-        """x [B,T,heads d], turned by the rows of the tables cos and sin that positions name."""
+        """x [B,T,heads d], rotated by the rows of the tables cos and sin that positions name."""
         do, (cos, sin, positions) = self._do, tables
         if self.flavour == "onnx":
-            return do("RotaryEmbedding", [x, cos, sin, positions], path, "turned", num_heads=heads)
+            return do("RotaryEmbedding", [x, cos, sin, positions], path, "rotated", num_heads=heads)
         x4 = do("Reshape", [x, self._ints(0, 0, heads, -1)], path, "heads")
         half = _shape(cos)[1]
-        halves = do("Split", [x4, self._ints(half, half)], path, "halves", outputs=2, axis=3)
+        halves = self.g.node("Split", [x4, self._ints(half, half)], f"{path}/halves", outputs=2, axis=3)
         c, s = (self._shared(self._table, table, positions) for table in (cos, sin))
-        turned = [
+        rotated = [
             do(op, [do("Mul", [near, c], path, f"{op}c"), do("Mul", [far, s], path, f"{op}s")], path, op)
             for op, near, far in (("Sub", *halves), ("Add", *halves[::-1]))
         ]
         return do(
-            "Reshape", [do("Concat", turned, path, "joined", axis=3), self._ints(0, 0, -1)], path, "turned"
+            "Reshape", [do("Concat", rotated, path, "joined", axis=3), self._ints(0, 0, -1)], path, "rotated"
         )
 
     def on_GroupQueryAttention(  # noqa: N802
@@ -227,7 +230,8 @@ class _Rewriter:
         do, H, G = self._do, attributes["num_heads"], attributes["kv_num_heads"]
         d, n, span = _shape(key)[3], H // G, attributes["local_window_size"]
         if k is None:
-            q, k, v = do("Split", [q, self._ints(H * d, G * d, G * d)], path, "qkv", outputs=3, axis=2)
+            widths = self._ints(H * d, G * d, G * d)
+            q, k, v = self.g.node("Split", [q, widths], f"{path}/qkv", outputs=3, axis=2)
         q, k = (
             self._rotated(x, heads, (cos, sin, positions), f"{path}/{name}")
             for x, heads, name in ((q, H, "q"), (k, G, "k"))

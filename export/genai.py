@@ -157,18 +157,22 @@ class GenaiInterface(Interface):
 
     def _tokens(self, g: GraphBuilder) -> ir.Value:
         """T, as [1]."""
-        return self._do(g, "Slice", [self._do(g, "Shape", [g.inputs[0]], "shape"), [1], [2], [0]], "T")
+        sizes = self._do(g, "Shape", [g.inputs[0]], "shape")
+        tokens: ir.Value = self._do(g, "Slice", [sizes, [1], [2], [0]], "T")
+        return tokens
 
     def _tables(self, g: GraphBuilder, positions: ir.Value) -> dict[str, ir.Value]:
         """Rows for the tokens at hand, and then as many more as onnxruntime asks for."""
         row = self._do(
             g, "Reshape", [self._do(g, "Slice", [positions, [0], [1], [0]], "one"), [-1, 1]], "row"
         )
-        # Turns in float64, as the runner does: float32 loses the fraction of a turn at long positions. The
+        # Revolutions in float64, as the runner does: float32 loses the fraction of one at long positions. The
         # fraction alone goes to Cos and Sin, which onnxruntime 1.25 has for float32 only.
-        turns = g.constant(self.frequencies[None] / (2 * np.pi))
-        turn = self._do(g, "Mul", [self._do(g, "Cast", [row], "exact", to=ir.DataType.DOUBLE), turns], "turn")
-        part = self._do(g, "Sub", [turn, self._do(g, "Floor", [turn], "whole")], "part")
+        per_token = g.constant(self.frequencies[None] / (2 * np.pi))
+        revolutions = self._do(
+            g, "Mul", [self._do(g, "Cast", [row], "exact", to=ir.DataType.DOUBLE), per_token], "revolutions"
+        )
+        part = self._do(g, "Sub", [revolutions, self._do(g, "Floor", [revolutions], "whole")], "part")
         angle = self._do(g, "Mul", [part, g.constant(np.array(2 * np.pi))], "angle")
         angle = self._do(g, "Cast", [angle], "angle32", to=ir.DataType.FLOAT)
         tokens = self._tokens(g)
@@ -185,7 +189,7 @@ class GenaiInterface(Interface):
     def _longer(self, g: GraphBuilder, value: ir.Value, shape: Sequence[int | str]) -> ir.Value:
         """A buffer with slots for the tokens at hand; shape: as flavours read it."""
         pads = self._do(g, "Concat", [[0] * 6, self._tokens(g), [0]], "room", axis=0)
-        longer = self._do(g, "Pad", [value, pads], "longer")
+        longer: ir.Value = self._do(g, "Pad", [value, pads], "longer")
         _describe(longer, [*shape[:2], longer.name or "", *shape[3:]])  # each of a size of its own
         return longer
 

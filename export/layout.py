@@ -10,16 +10,16 @@ import numpy as np
 
 from lawcat_edge.config import LawcatConfig
 from lawcat_edge.export import products
-from lawcat_edge.export.rotation import Rotation, head_turn, turn
+from lawcat_edge.export.rotation import Rotation, rotation_of_down, rotation_of_values
 from lawcat_edge.export.rounding import Rounder
-from lawcat_edge.export.schemes import Product, Scheme
+from lawcat_edge.export.schemes import Linear, Scheme
 from lawcat_edge.export.step import DecoderLayer, layer_module
 from lawcat_edge.export.writer import DataWriter
 from lawcat_edge.families import Geometry
 from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.weights import WeightSource
 
-RounderOf = Callable[[str, Product], Rounder | None]
+RounderOf = Callable[[str, Linear], Rounder | None]
 _BLOCK_BYTES = 64 << 20  # of float32 rows that are in memory at once
 _WORTH = 1024  # entries from which on half the bytes are worth a node
 
@@ -36,24 +36,24 @@ class Layout:
     ranges: Mapping[str, products.Range] = field(default_factory=dict)
     """(low, high) of what static products read, by "layers.3/down"."""
     rounder_of: RounderOf | None = None
-    """Chooses codes by more than the nearest; None for a product that it knows nothing of."""
+    """Chooses quantised values by more than the nearest; None for a product that it knows nothing of."""
 
     @cached_property
     def rotation(self) -> Rotation | None:
         return Rotation(self.geometry.hidden_size) if self.scheme.rotate else None
 
     @cached_property
-    def value_turn(self) -> np.ndarray | None:
+    def value_rotation(self) -> np.ndarray | None:
         """Of each head's values [d,d], undone by o."""
-        return head_turn(self.geometry.head_dim) if self.scheme.rotate else None
+        return rotation_of_values(self.geometry.head_dim) if self.scheme.rotate else None
 
-    def down_turn(self, layer: int) -> np.ndarray | None:
+    def down_rotation(self, layer: int) -> np.ndarray | None:
         """Of each block of the input of a layer's ``down``, undone by its weights."""
-        return self._turn if self.scheme.turns_down(layer) else None
+        return self._down_rotation if self.scheme.rotates_down(layer) else None
 
     @cached_property
-    def _turn(self) -> np.ndarray | None:
-        return turn(self.geometry.intermediate_size)
+    def _down_rotation(self) -> np.ndarray | None:
+        return rotation_of_down(self.geometry.intermediate_size)
 
     @property
     def head_transform(self) -> bool:
@@ -75,19 +75,19 @@ class Layout:
         N, K = self.module(layer).shapes()[f"{product}.weight"]
         return N, K
 
-    def spec(self, product: str, layer: int | None = None) -> Product:
+    def spec(self, product: str, layer: int | None = None) -> Linear:
         """The scheme's product; that of a tied head has a block that suits the embedding."""
-        spec, g = self.scheme.product(product, layer), self.geometry
+        spec, g = self.scheme.linear(product, layer), self.geometry
         if spec.offsets:  # sums over blocks of the input leave no room for padding
             spec = spec.fitted(self.shape(product, layer)[1])
         return spec.fitted(g.hidden_size) if product == "head" and g.tie_embeddings else spec
 
-    def rounder(self, path: str, spec: Product) -> Rounder | None:
-        """How the product at path ("layers.3/down", "head") gets its codes; None: to nearest."""
+    def rounder(self, path: str, spec: Linear) -> Rounder | None:
+        """How the product at path ("layers.3/down", "head") gets its quantised values; None: to nearest."""
         return None if self.rounder_of is None or spec.kind == "fp32" else self.rounder_of(path, spec)
 
     @property
-    def embedding_spec(self) -> Product:
+    def embedding_spec(self) -> Linear:
         return self.scheme.embedding.fitted(self.geometry.hidden_size)
 
     @property
@@ -121,31 +121,31 @@ class Layout:
         products.store(writer, spec, "head", rows, *self.shape("head"), self.rounder("head", spec))
 
     def store_layer(self, writer: DataWriter, i: int) -> None:
-        self.store_products(writer, i)
+        self.store_linears(writer, i)
         for name, value in self._small(i).items():
             writer.array(f"layers.{i}.{name}", _exact(np.ascontiguousarray(value, np.float32)))
 
-    def store_products(self, writer: DataWriter, i: int) -> None:
+    def store_linears(self, writer: DataWriter, i: int) -> None:
         """The products of a layer alone, without its small tensors."""
-        for product, make in self._products.items():
+        for product, make in self._linears.items():
             spec, shape = self.spec(product, i), self.shape(product, i)
             rounder = self.rounder(f"layers.{i}/{product}", spec)
             products.store(writer, spec, f"layers.{i}.{product}", make(i), *shape, rounder)
 
     def arrays(self, i: int) -> dict[str, np.ndarray]:
         """All tensors of a layer in float32, as ``step.DecoderLayer.forward`` takes them."""
-        weights = {f"{name}.weight": np.concatenate(list(make(i))) for name, make in self._products.items()}
+        weights = {f"{name}.weight": np.concatenate(list(make(i))) for name, make in self._linears.items()}
         return weights | self._small(i)
 
     @property
-    def _products(self) -> dict[str, Callable[[int], Iterator[np.ndarray]]]:
+    def _linears(self) -> dict[str, Callable[[int], Iterator[np.ndarray]]]:
         return {"qkv": self._qkv, "o": self._o, "gate_up": self._gate_up, "down": self._down}
 
     def store_first_norm(self, writer: DataWriter) -> None:
         writer.array("first_norm", self._gain("model.layers.0.input_layernorm.weight"))
-        turns = (self.down_turn(i) for i in range(self.geometry.num_layers))
-        if any(own is not None for own in turns) and self._turn is not None:
-            writer.array("down_turn", self._turn)
+        rotations = (self.down_rotation(i) for i in range(self.geometry.num_layers))
+        if any(own is not None for own in rotations) and self._down_rotation is not None:
+            writer.array("down_rotation", self._down_rotation)
 
     # -- rows of the fused products --------------------------------------------------------------------------
 
@@ -157,18 +157,18 @@ class Layout:
         full, zero = self.config.full_attention(i), np.zeros((1, g.hidden_size), np.float32)
         for head in range(g.num_kv_heads):
             values = self._head(f"{at}v_proj.weight", head, norm)
-            yield values if self.value_turn is None else self.value_turn.T @ values
+            yield values if self.value_rotation is None else self.value_rotation.T @ values
             if not full and not self.config.window:
                 yield zero  # its bias makes a column of ones
         if full:
             return
         if self.config.window:
             yield zero
-        yield self._turned(np.ascontiguousarray(self._new(i, "gate_a").T), norm)
+        yield self._rotated(np.ascontiguousarray(self._new(i, "gate_a").T), norm)
         yield zero
 
     def _o(self, i: int) -> Iterator[np.ndarray]:
-        return self._writing(f"model.layers.{i}.self_attn.o_proj.weight", self.value_turn)
+        return self._writing(f"model.layers.{i}.self_attn.o_proj.weight", self.value_rotation)
 
     def _gate_up(self, i: int) -> Iterator[np.ndarray]:
         norm = f"model.layers.{i}.post_attention_layernorm.weight"
@@ -176,27 +176,27 @@ class Layout:
         yield from self._reading(f"model.layers.{i}.mlp.up_proj.weight", norm)
 
     def _down(self, i: int) -> Iterator[np.ndarray]:
-        return self._writing(f"model.layers.{i}.mlp.down_proj.weight", self.down_turn(i))
+        return self._writing(f"model.layers.{i}.mlp.down_proj.weight", self.down_rotation(i))
 
     def _reading(self, name: str, norm: str | None) -> Iterator[np.ndarray]:
         """Rows of a weight that reads the residual stream behind ``norm``."""
         for block in self._blocks(name):
-            yield self._turned(block, norm)
+            yield self._rotated(block, norm)
 
-    def _turned(self, block: np.ndarray, norm: str | None) -> np.ndarray:
+    def _rotated(self, block: np.ndarray, norm: str | None) -> np.ndarray:
         if self.rotation is None:
             return block
         return self.rotation.rows(block if norm is None else block * self._get(norm))
 
-    def _writing(self, name: str, turn: np.ndarray | None) -> Iterator[np.ndarray]:
+    def _writing(self, name: str, rotation: np.ndarray | None) -> Iterator[np.ndarray]:
         """Rows of a weight that adds to the residual stream.
 
-        turn: of the blocks of what it reads. Rotating the stream takes all rows at once.
+        rotation: of the blocks of what it reads. Rotating the stream takes all rows at once.
         """
         blocks = self._blocks(name) if self.rotation is None else iter([self._get(name)])
         for rows in blocks:
-            if turn is not None:
-                rows = (rows.reshape(len(rows), -1, len(turn)) @ turn).reshape(rows.shape)
+            if rotation is not None:
+                rows = (rows.reshape(len(rows), -1, len(rotation)) @ rotation).reshape(rows.shape)
             yield rows if self.rotation is None else np.ascontiguousarray(self.rotation.columns(rows))
 
     def _head(self, name: str, head: int, norm: str) -> np.ndarray:
@@ -204,7 +204,7 @@ class Layout:
         d = self.geometry.head_dim
         rows = self.weights.rows(name, head * d, (head + 1) * d)
         self._check(name, rows)
-        return self._turned(rows, norm)
+        return self._rotated(rows, norm)
 
     def _gain(self, norm: str) -> np.ndarray:
         """The gains of a norm as the graph applies them; rotated, they sit in the weights behind."""
@@ -274,7 +274,7 @@ class Layout:
         qk = np.zeros(g.query_width + g.kv_width, np.float32)
         if g.attention_bias:
             values = self._get(f"{at}v_proj.bias").reshape(values.shape)
-            values = values if self.value_turn is None else values @ self.value_turn
+            values = values if self.value_rotation is None else values @ self.value_rotation
             qk = np.concatenate([self._get(f"{at}{name}_proj.bias") for name in "qk"])
         if full:
             return np.concatenate([qk, values.reshape(-1)])

@@ -163,15 +163,15 @@ reshape = _register(
 # -- rotary embedding ----------------------------------------------------------------------------------------
 
 
-def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [.., T, d] by tables [.., T, d/2]: number i of a head turns with number i + d/2."""
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [.., T, d] by tables [.., T, d/2]: number i of a head rotates with number i + d/2."""
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
 
 def _rotary(x: Tensor, position_ids: Tensor, cos: Tensor, sin: Tensor, num_heads: int) -> Tensor:
     heads = x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
-    return _turned(heads, cos[position_ids][:, None], sin[position_ids][:, None]).transpose(1, 2).flatten(2)
+    return _rotated(heads, cos[position_ids][:, None], sin[position_ids][:, None]).transpose(1, 2).flatten(2)
 
 
 rotary = _register(
@@ -250,8 +250,8 @@ def _softmax_attention(
     if k is None or v is None:
         q, k, v = q.split([num_heads * d, G * d, G * d], -1)
     cos, sin = cos[position_ids][:, None], sin[position_ids][:, None]
-    q = _turned(q.unflatten(-1, (num_heads, d)).transpose(1, 2), cos, sin)
-    k = _turned(k.unflatten(-1, (G, d)).transpose(1, 2), cos, sin)
+    q = _rotated(q.unflatten(-1, (num_heads, d)).transpose(1, 2), cos, sin)
+    k = _rotated(k.unflatten(-1, (G, d)).transpose(1, 2), cos, sin)
     v = v.unflatten(-1, (G, d)).transpose(1, 2)
     slot = seqlens_k[:, None].long() + 1 - T + torch.arange(T)  # [B,T]
     index = slot[:, None, :, None].expand(B, G, T, d)

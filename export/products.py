@@ -21,8 +21,8 @@ import numpy as np
 import onnx_ir as ir
 
 from lawcat_edge.export.builder import MS, GraphBuilder
-from lawcat_edge.export.rounding import OFFSET_STEPS, Codes, Rounder, blocked, nearest
-from lawcat_edge.export.schemes import Product
+from lawcat_edge.export.rounding import OFFSET_STEPS, Quantised, Rounder, blocked, nearest
+from lawcat_edge.export.schemes import Linear
 from lawcat_edge.export.writer import DataWriter
 
 Rows = Iterable[np.ndarray]
@@ -32,7 +32,7 @@ _EMPTY = np.empty(0, np.float32)
 
 def store(
     writer: DataWriter,
-    spec: Product,
+    spec: Linear,
     name: str,
     rows: Rows,
     N: int,
@@ -46,8 +46,8 @@ def store(
     if spec.kind == "nbits":
         blocks = -(-K // spec.block)
         shape = [N, blocks, spec.block * spec.bits // 8]
-        parts: list[Codes] = []
-        packed = (_packed(codes, spec) for codes in _coded(rows, spec, rounder, parts))
+        parts: list[Quantised] = []
+        packed = (_packed(part, spec) for part in _quantised(rows, spec, rounder, parts))
         writer.write(f"{name}.q{spec.bits}", ir.DataType.UINT8, shape, packed)
         writer.array(f"{name}.scales", np.concatenate([part.scales for part in parts]).astype(np.float16))
         if spec.offsets:
@@ -56,36 +56,38 @@ def store(
         return
     # MatMulInteger wants [K, N], so this one matrix is transposed in memory, a byte a weight
     weight, scale, at = np.empty((K, N), np.int8), np.empty(N, np.float32), 0
-    for codes in _coded(rows, spec, rounder, []):
-        n = len(codes.codes)
-        scale[at : at + n] = codes.scales[:, 0]
-        weight[:, at : at + n] = codes.codes[:, 0].T
+    for part in _quantised(rows, spec, rounder, []):
+        n = len(part.quantised)
+        scale[at : at + n] = part.scales[:, 0]
+        weight[:, at : at + n] = part.quantised[:, 0].T
         at += n
     assert at == N, (name, at, N)
     writer.array(f"{name}.s8", weight)
     writer.array(f"{name}.column_scales", scale)
 
 
-def _coded(rows: Rows, spec: Product, rounder: Rounder | None, kept: list[Codes]) -> Iterator[Codes]:
-    """The codes of each block of rows; ``kept`` collects them without the codes themselves."""
+def _quantised(
+    rows: Rows, spec: Linear, rounder: Rounder | None, kept: list[Quantised]
+) -> Iterator[Quantised]:
+    """The quantised values of each block of rows; ``kept`` collects their scales and offsets alone."""
     for block in rows:
         values = blocked(block, spec)
-        codes = nearest(values, spec) if rounder is None else rounder(values)
-        kept.append(replace(codes, codes=_EMPTY))
-        yield codes
+        part = nearest(values, spec) if rounder is None else rounder(values)
+        kept.append(replace(part, quantised=_EMPTY))
+        yield part
 
 
-def _packed(codes: Codes, spec: Product) -> np.ndarray:
+def _packed(part: Quantised, spec: Linear) -> np.ndarray:
     """Bytes [n, blocks, bytes]: unsigned, two to a byte where there are 4 bits, low first."""
     if spec.bits == 8:
-        return (codes.codes + 128).astype(np.uint8)
-    nibbles = (codes.codes + 8).astype(np.uint8)
+        return (part.quantised + 128).astype(np.uint8)
+    nibbles = (part.quantised + 8).astype(np.uint8)
     return nibbles[..., ::2] | nibbles[..., 1::2] << 4
 
 
 def emit(
     g: GraphBuilder,
-    spec: Product,
+    spec: Linear,
     name: str,
     x: ir.Value,
     N: int,
@@ -110,8 +112,9 @@ def emit(
             "accuracy_level": spec.accuracy,
         }
         if not spec.offsets:
-            return g.node("MatMulNBits", inputs, path, MS, **attributes)
-        y = g.node("MatMulNBits", inputs, f"{path}/codes", MS, **attributes)
+            whole: ir.Value = g.node("MatMulNBits", inputs, path, MS, **attributes)
+            return whole
+        y = g.node("MatMulNBits", inputs, f"{path}/quantised", MS, **attributes)
         return g.node("Add", [y, _offsets(g, spec, name, x, K, path)], path)
     if spec.kind == "fp32":
         y = g.node("FusedMatMul", [x, g.stored(f"{name}.weight")], path, MS, transB=1)
@@ -155,7 +158,7 @@ def _integer(
     return g.node("MatMulIntegerToFloat", inputs, path, MS)
 
 
-def _offsets(g: GraphBuilder, spec: Product, name: str, x: ir.Value, K: int, path: str) -> ir.Value:
+def _offsets(g: GraphBuilder, spec: Linear, name: str, x: ir.Value, K: int, path: str) -> ir.Value:
     """What the blocks' offsets add: the sum of x over each block, times offset * scale."""
     blocks = K // spec.block
     parts = g.node("Reshape", [x, _ints(g, [0, 0, blocks, spec.block])], f"{path}/blocks")
@@ -167,21 +170,21 @@ def _offsets(g: GraphBuilder, spec: Product, name: str, x: ir.Value, K: int, pat
     return g.node("FusedMatMul", [sums, matrix], f"{path}/offsets", MS, transB=1)
 
 
-def same_table(embedding: Product, head: Product) -> bool:
+def same_table(embedding: Linear, head: Linear) -> bool:
     """Whether one stored table can serve the embedding and a tied head."""
     if "fp32" in (embedding.kind, head.kind):
         return embedding.kind == head.kind
     return head.kind == "nbits" and (embedding.bits, embedding.block) == (head.bits, head.block)
 
 
-def emit_turn(g: GraphBuilder, name: str, block: int, x: ir.Value, path: str) -> ir.Value:
+def emit_rotation(g: GraphBuilder, name: str, block: int, x: ir.Value, path: str) -> ir.Value:
     """x [B,T,K], each block of its columns times the stored matrix ``name`` [block, block]."""
     blocks = g.node("Reshape", [x, _ints(g, [0, 0, -1, block])], f"{path}/blocks")
-    turned = g.node("MatMul", [blocks, g.stored(name)], f"{path}/turned")
-    return g.node("Reshape", [turned, _ints(g, [0, 0, -1])], path)
+    rotated = g.node("MatMul", [blocks, g.stored(name)], f"{path}/rotated")
+    return g.node("Reshape", [rotated, _ints(g, [0, 0, -1])], path)
 
 
-def emit_embedding(g: GraphBuilder, spec: Product, name: str, ids: ir.Value, V: int, D: int) -> ir.Value:
+def emit_embedding(g: GraphBuilder, spec: Linear, name: str, ids: ir.Value, V: int, D: int) -> ir.Value:
     """Rows of the table ``name``: ids [B,T] -> [B,T,D]."""
     if spec.kind == "fp32":
         return g.node("Gather", [g.stored(f"{name}.weight"), ids], "embedding", axis=0)
@@ -189,7 +192,8 @@ def emit_embedding(g: GraphBuilder, spec: Product, name: str, ids: ir.Value, V: 
     table = g.view(f"{name}.q{spec.bits}", [V, D * spec.bits // 8])
     inputs = [table, ids, g.stored(f"{name}.scales")]
     attributes = {"bits": spec.bits, "block_size": spec.block, "gather_axis": 0, "quantize_axis": 1}
-    return g.node("GatherBlockQuantized", inputs, "embedding", MS, **attributes)
+    rows: ir.Value = g.node("GatherBlockQuantized", inputs, "embedding", MS, **attributes)
+    return rows
 
 
 def _ints(g: GraphBuilder, values: list[int]) -> ir.Value:

@@ -5,7 +5,7 @@ block that holds one has no resolution left for its neighbours. RMSNorm does not
 basis its input is written once its gains sit in the weights behind it. So every weight that reads the
 stream becomes W diag(gain) R, every one that writes it R^T W, and the outliers are spread over all
 channels, in activations and weights alike, at no cost at run time (QuaRot, arXiv 2404.00456). So are the
-values of each head. The gated units before ``down`` have no such basis: they are turned as the model runs.
+values of each head. The gated units before ``down`` have no such basis: they are rotated as the model runs.
 
 R is the Kronecker product of a random orthogonal matrix for the odd part of the width and Hadamard
 matrices with random signs, so that rotating costs some hundred operations a weight, not the width.
@@ -19,19 +19,17 @@ from functools import cached_property
 import numpy as np
 
 _FACTOR = 64  # a Hadamard matrix of up to this size is one product; larger ones are made of two
+_BLOCK = 64  # columns of the input of ``down`` that are mixed; more costs more than it gives
 
 
-_TURN = 64  # columns of the input of ``down`` that are mixed; more costs more than it gives
-
-
-def turn(width: int) -> np.ndarray | None:
-    """The orthogonal matrix for blocks of an input that has no basis of its own to turn in, as that of
+def rotation_of_down(width: int) -> np.ndarray | None:
+    """The orthogonal matrix for blocks of an input that has no basis of its own to be rotated in, as that of
     ``down``: applied at run time, undone in the weights. None where the width leaves no block worth it."""
-    block = math.gcd(width, _TURN)
+    block = math.gcd(width, _BLOCK)
     return Rotation(block, seed=2).matrix if block >= 8 else None
 
 
-def head_turn(width: int) -> np.ndarray:
+def rotation_of_values(width: int) -> np.ndarray:
     """Orthogonal [d,d] for the values of every head. What the attention reads out is linear in them, so it is
     undone in the weights of ``o`` and costs nothing at run time."""
     return Rotation(width, seed=1).matrix

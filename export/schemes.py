@@ -6,8 +6,9 @@
      "rotate": true, "max_rel_err": 10, "max_kl": 0.5,
      "rounding": "gptq", "layers": {"0": {"down": {...}}}}
 
-The last two may be left out: how codes are chosen ("nearest", which is the default, or "gptq", by what a
-calibration text says matters), and products of single layers that differ. A product is one of
+The last two may be left out: how weights are rounded ("nearest", which is the default, or "gptq", by what a
+calibration text says matters), and entries of single layers that differ. An entry says how a linear layer is
+stored and computed:
 
     {"kind": "fp32"}
     {"kind": "nbits", "bits": 8, "block": 64, "accuracy": 4}
@@ -35,14 +36,14 @@ from typing import Any
 from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.runtime.files import read_json, user_path
 
-PRODUCTS = ("qkv", "o", "gate_up", "down", "head")
+LINEARS = ("qkv", "o", "gate_up", "down", "head")
 KINDS = ("fp32", "nbits", "dynamic", "static")
 METHODS = ("minmax", "percentile", "entropy", "mse")
 ROUNDINGS = ("nearest", "gptq")
 
 
 @dataclass(frozen=True)
-class Product:
+class Linear:
     """How one kind of matrix product is stored and computed."""
 
     kind: str
@@ -73,20 +74,20 @@ class Product:
             raise LawcatError(f"method of a product must be one of {list(METHODS)}, not {self.method!r}.")
 
     @property
-    def turned(self) -> bool:
-        """Whether as ``down`` it wants its input turned (see ``rotation``).
+    def rotates_input(self) -> bool:
+        """Whether as ``down`` it wants its input rotated (see ``rotation``).
 
         8-bit blocks gain too little by it for three nodes: with SmolLM2-135M, a window of 128 and 1,024
         tokens of documentation, KL to float32 is 0.0037 with it and 0.0044 without.
         """
         return (self.kind, self.bits) != ("nbits", 8)
 
-    def fitted(self, width: int) -> Product:
+    def fitted(self, width: int) -> Linear:
         """The same with the largest block that divides width (what has no room for padding)."""
         block = self.block
         while self.kind == "nbits" and width % block:
             if block == 16:
-                return Product("fp32")
+                return Linear("fp32")
             block //= 2
         return replace(self, block=block)
 
@@ -105,37 +106,37 @@ class Scheme:
     """A full table; ``max_rel_err`` and ``max_kl`` are the bounds of the verification against torch."""
 
     name: str
-    products: dict[str, Product]
-    embedding: Product
+    linears: dict[str, Linear]
+    embedding: Linear
     max_rel_err: float
     max_kl: float
     rotate: bool = False
     rounding: str = "nearest"
-    layers: dict[int, dict[str, Product]] = field(default_factory=dict)
+    layers: dict[int, dict[str, Linear]] = field(default_factory=dict)
 
-    def product(self, name: str, layer: int | None) -> Product:
+    def linear(self, name: str, layer: int | None) -> Linear:
         """Of a layer, or of the head (None)."""
         own = self.layers.get(layer, {}) if layer is not None else {}
-        return own.get(name, self.products[name])
+        return own.get(name, self.linears[name])
 
-    def turns_down(self, layer: int) -> bool:
-        """Whether the input of a layer's ``down`` is turned as the model runs. GPTQ's moments are of that."""
-        return self.rotate and (self.product("down", layer).turned or self.rounding == "gptq")
+    def rotates_down(self, layer: int) -> bool:
+        """Whether a layer's ``down`` has its input rotated as the model runs. GPTQ's Hessians are of that."""
+        return self.rotate and (self.linear("down", layer).rotates_input or self.rounding == "gptq")
 
     @property
     def static(self) -> bool:
         """Whether any product needs the ranges of its activations."""
         return any(product.kind == "static" for product in self._all())
 
-    def _all(self) -> Iterator[Product]:
-        yield from self.products.values()
+    def _all(self) -> Iterator[Linear]:
+        yield from self.linears.values()
         for own in self.layers.values():
             yield from own.values()
 
     def to_dict(self) -> dict[str, Any]:
         data: dict[str, Any] = {
             "name": self.name,
-            "products": {name: product.to_dict() for name, product in self.products.items()},
+            "products": {name: product.to_dict() for name, product in self.linears.items()},
             "embedding": self.embedding.to_dict(),
             "max_rel_err": self.max_rel_err,
             "max_kl": self.max_kl,
@@ -157,13 +158,13 @@ class Scheme:
             raise LawcatError(f"A scheme is a JSON object with the keys {', '.join(sorted(keys))}.")
         if not isinstance(data["name"], str) or not 0 < len(data["name"]) <= 64:
             raise LawcatError("The scheme's name must be a text of 1 to 64 characters.")
-        if not isinstance(data["products"], dict) or set(data["products"]) != set(PRODUCTS):
-            raise LawcatError(f"The scheme's products must be exactly {', '.join(PRODUCTS)}.")
+        if not isinstance(data["products"], dict) or set(data["products"]) != set(LINEARS):
+            raise LawcatError(f"The scheme's products must be exactly {', '.join(LINEARS)}.")
         for key in ("max_rel_err", "max_kl"):
             if type(data[key]) not in (int, float) or not 0 < data[key] < 1e6:
                 raise LawcatError(f"The scheme's {key} must be a positive number, not {data[key]!r}.")
-        products = {name: _product(data["products"][name]) for name in PRODUCTS}
-        embedding = _product(data["embedding"])
+        products = {name: _linear(data["products"][name]) for name in LINEARS}
+        embedding = _linear(data["embedding"])
         if embedding.kind not in ("fp32", "nbits") or embedding.offsets:
             raise LawcatError("The embedding can be fp32 or nbits without offsets; change it in the scheme.")
         if products["head"].kind == "static" or products["head"].offsets:
@@ -178,42 +179,42 @@ class Scheme:
         return cls(data["name"], products, embedding, *bounds, data["rotate"], rounding, layers)
 
 
-def _layers(data: Any) -> dict[int, dict[str, Product]]:
-    body = set(PRODUCTS) - {"head"}
+def _layers(data: Any) -> dict[int, dict[str, Linear]]:
+    body = set(LINEARS) - {"head"}
     wrong = LawcatError('The scheme\'s layers are an object such as {"0": {"down": {"kind": "fp32"}}}.')
     if not isinstance(data, dict) or not all(i.isdecimal() and len(i) < 6 for i in data):
         raise wrong
     if not all(isinstance(own, dict) and set(own) <= body for own in data.values()):
         raise wrong
-    return {int(i): {name: _product(own[name]) for name in own} for i, own in data.items()}
+    return {int(i): {name: _linear(own[name]) for name in own} for i, own in data.items()}
 
 
-def _product(data: Any) -> Product:
+def _linear(data: Any) -> Linear:
     known = {"kind", "bits", "block", "accuracy", "offsets", "method"}
     if not isinstance(data, dict) or not set(data) <= known or "kind" not in data:
         raise LawcatError(f"A product is an object such as {{'kind': 'fp32'}}, not {data!r}.")
-    return Product(**data)
+    return Linear(**data)
 
 
 def _table(
     name: str,
-    body: Product,
-    head: Product,
+    body: Linear,
+    head: Linear,
     bounds: tuple[float, float],
     rotate: bool,
     rounding: str = "nearest",
-    **own: Product,
+    **own: Linear,
 ) -> Scheme:
-    products = {kind: own.get(kind, head if kind == "head" else body) for kind in PRODUCTS}
+    products = {kind: own.get(kind, head if kind == "head" else body) for kind in LINEARS}
     return Scheme(name, products, head, *bounds, rotate, rounding)
 
 
-_FP32 = Product("fp32")
-_INT8 = Product("nbits", 8, 64)
-_INT4 = Product("nbits", 4, 32)
-_INT4_OFFSETS = Product("nbits", 4, 32, offsets=True)
-_DYNAMIC = Product("dynamic", 8)
-_STATIC = Product("static", 8)
+_FP32 = Linear("fp32")
+_INT8 = Linear("nbits", 8, 64)
+_INT4 = Linear("nbits", 4, 32)
+_INT4_OFFSETS = Linear("nbits", 4, 32, offsets=True)
+_DYNAMIC = Linear("dynamic", 8)
+_STATIC = Linear("static", 8)
 
 # Bounds of the quantised ones only catch what is broken (a wrong tensor costs several nats): how much a
 # scheme costs depends on the adapter, and few tokens with massive activations decide the worst position.

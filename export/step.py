@@ -34,7 +34,7 @@ Tensors = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Widths:
-    """Columns of the fused product of a linear layer, in order.
+    """Columns of the fused product of a layer, in order.
 
     With a window, q, k and v are as GroupQueryAttention takes them, and a column of ones (``one``) follows.
     Without, every head's values bring their own one.
@@ -47,8 +47,11 @@ class Widths:
     latent: int
 
     @classmethod
-    def of(cls, geometry: Geometry, config: LawcatConfig) -> Widths:
+    def of(cls, geometry: Geometry, config: LawcatConfig, full: bool = False) -> Widths:
+        """full: of a full-attention layer, which has q, k and v alone."""
         g, latent = geometry, config.gate_rank + 1
+        if full:
+            return cls(g.query_width, g.kv_width, g.kv_width, 0, 0)
         if config.window:
             return cls(g.query_width, g.kv_width, g.kv_width, 1, latent)
         return cls(g.query_width, g.kv_width, g.kv_width + g.num_kv_heads, 0, latent)
@@ -111,15 +114,16 @@ class DecoderLayer(nn.Module):
         g = self.geometry
         y, *states = self.attention(h, tensors, state, inputs)
         eps = g.rms_norm_eps
-        update = self.product("o", y, tensors)
+        update = self.linear("o", y, tensors)
         h, x = ops.skip_norm(x, update, tensors["norm_attn"], tensors.get("o_bias"), eps)
-        gate, up = torch.split(self.product("gate_up", h, tensors), g.intermediate_size, 2)
-        update = self.product("down", ops.silu(gate) * up, tensors)
+        gate, up = torch.split(self.linear("gate_up", h, tensors), g.intermediate_size, 2)
+        update = self.linear("down", ops.silu(gate) * up, tensors)
         h, x = ops.skip_norm(x, update, tensors["norm_next"], tensors.get("down_bias"), eps)
         return (x, h, *states)
 
-    def product(self, name: str, x: Tensor, tensors: Tensors) -> Tensor:
-        return ops.linear(x, tensors[f"{name}.weight"], tensors.get(f"{name}.bias"), name)
+    def linear(self, name: str, x: Tensor, tensors: Tensors) -> Tensor:
+        result: Tensor = ops.linear(x, tensors[f"{name}.weight"], tensors.get(f"{name}.bias"), name)
+        return result
 
     def qk_normed(self, qk: Tensor, gamma: Tensor) -> list[Tensor]:
         """q and k, normed head by head, from both in one."""
@@ -141,18 +145,19 @@ class FullAttentionLayer(DecoderLayer):
     """The teacher's own layer: softmax attention over ``config.span``."""
 
     def attention_shapes(self) -> dict[str, tuple[int, ...]]:
-        g = self.geometry
-        shapes: dict[str, tuple[int, ...]] = {"qkv.weight": (g.query_width + 2 * g.kv_width, g.hidden_size)}
+        g, total = self.geometry, Widths.of(self.geometry, self.config, full=True).total
+        shapes: dict[str, tuple[int, ...]] = {"qkv.weight": (total, g.hidden_size)}
         return shapes | ({"qkv.bias": shapes["qkv.weight"][:1]} if g.attention_bias else {})
 
     def attention(self, h: Tensor, tensors: Tensors, state: Tensors, inputs: Tensors) -> tuple[Tensor, ...]:
-        g = self.geometry
-        q, k, v = self.product("qkv", h, tensors), None, None
+        g, w = self.geometry, Widths.of(self.geometry, self.config, full=True)
+        q, k, v = self.linear("qkv", h, tensors), None, None
         if g.qk_norm:
-            q, v = torch.split(q, [g.query_width + g.kv_width, g.kv_width], 2)
+            q, v = torch.split(q, [w.q + w.k, w.v], 2)
             q, k = self.qk_normed(q, tensors["qk_gamma"])
         given = self.softmax_inputs(q, k, v, "full", state, inputs)
-        return ops.group_query_attention(*given, g.num_heads, span_of(g, self.config))
+        result: tuple[Tensor, ...] = ops.group_query_attention(*given, g.num_heads, span_of(g, self.config))
+        return result
 
 
 class LinearAttentionLayer(DecoderLayer):
@@ -222,7 +227,7 @@ class LinearAttentionLayer(DecoderLayer):
         g, w = self.geometry, Widths.of(self.geometry, self.config)
         G, d = g.num_kv_heads, g.head_dim
         heads = [d] * G if g.groups > 1 else [w.k]
-        whole = self.product("qkv", h, tensors)
+        whole = self.linear("qkv", h, tensors)
         if not self.config.window:
             # one list for as much as can be split at once
             each = [w.v // G] * G if g.groups > 1 else [w.v]

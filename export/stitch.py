@@ -141,8 +141,8 @@ def instantiate(
             name, (N, K) = f"{prefix}.{kind}", layout.shape(kind, layer)
             bias = f"{name}.bias" if layout.has_bias(kind, layer) else None
             path, spec = f"{prefix}/{kind}", layout.spec(kind, layer)
-            if kind == "down" and (turn := layout.down_turn(layer)) is not None:
-                x = products.emit_turn(g, "down_turn", len(turn), x, f"{path}/turn")
+            if kind == "down" and (rotation := layout.down_rotation(layer)) is not None:
+                x = products.emit_rotation(g, "down_rotation", len(rotation), x, f"{path}/rotation")
             result = products.emit(g, spec, name, x, N, K, bias, path, layout.ranges.get(path))
             values[node.outputs[0]] = result
             continue

@@ -6,11 +6,9 @@ A command's module is imported only when that command runs.
 
 from __future__ import annotations
 
-import errno
 import functools
 import importlib
 import os
-import re
 import shlex
 import sys
 from collections.abc import Callable, Mapping
@@ -22,16 +20,21 @@ from typer.core import TyperGroup
 from typer.main import get_command_from_info
 from typer.models import CommandInfo
 
+try:  # newer versions of typer carry a click of their own, older ones need the package
+    from typer._click.exceptions import ClickException
+except ImportError:
+    from click import ClickException  # type: ignore[assignment]
+
 from lawcat_edge import __version__
 from lawcat_edge.commands.output import write_any_text
-from lawcat_edge.runtime.errors import LawcatError
+from lawcat_edge.explain import explain
 
 INTERRUPTED = 130
 PLACES = ("model", "teacher", "adapter", "reference")  # options that are a path or a name
 COMMANDS = {
     "demo": "The main job on the embedded teacher, start to end.",
     "distill": "Train an adapter: a teacher's attention becomes linear.",
-    "calibrate": "Ranges of activations for fixed 8-bit products.",
+    "calibrate": "Ranges of activations for linear layers with fixed 8-bit activations.",
     "export": "A teacher and an adapter become a bundle.",
     "verify": "Is a bundle whole, and does it compute what it should?",
     "info": "What a bundle or an adapter is, and where it comes from.",
@@ -42,11 +45,6 @@ COMMANDS = {
     "compare": "Accuracy against size of several schemes.",
     "bench": "Speed and memory of a bundle by length of text.",
 }
-# Newer versions of typer carry a click of their own and older ones need the package; this fits both.
-_ClickException: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
-_EXTRA_OF = {"typer": "", "matplotlib": "build", "pyarrow": "data", "triton": "triton", "starlette": "serve"}
-_EXTRA_OF |= {"zstandard": "data", "uvicorn": "serve", "cryptography": "sign"}
-_NO_MEMORY = re.compile(r"out of memory|can't allocate memory", re.IGNORECASE)
 
 
 class Lazy(TyperGroup):
@@ -134,7 +132,7 @@ def run(arguments: list[str] | None = None, environment: Mapping[str, str] = os.
     try:
         result = app(args=arguments, prog_name="lawcat-edge", standalone_mode=False)
         code = result if isinstance(result, int) else 0
-    except _ClickException as error:
+    except ClickException as error:
         error.show()
         return 2
     except (KeyboardInterrupt, typer.Abort):
@@ -168,40 +166,3 @@ def _go_on(arguments: list[str]) -> str:
     elif name not in ("export", "demo"):
         return ""
     return f" To go on: {shlex.join(['lawcat-edge', *words])}"
-
-
-def explain(error: Exception) -> tuple[str | None, int]:
-    """One sentence for an error and its exit code; (None, _) for a bug, which keeps its traceback."""
-    if isinstance(error, LawcatError):
-        return str(error), error.exit_code
-    if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("lawcat_edge"):
-        extra = _EXTRA_OF.get(str(error.name).split(".")[0], "build")
-        return f"This command needs the package {error.name}; run pip install 'lawcat-edge[{extra}]'.", 2
-    if _is_disk_full(error):
-        return f"The disk is full{_at(error)}; free some space and run the command again.", 2
-    if isinstance(error, OSError) and error.errno is not None:
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            return (
-                f"No permission to write or read{_at(error)}; choose another place or change the permission.",
-                2,
-            )
-        return f"{os.strerror(error.errno)}{_at(error)}; check the path and run the command again.", 2
-    text = str(error).strip().split("\n")[0]
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(text)):
-        return "Memory ran out; close other programs, or use a smaller batch or model.", 2
-    if isinstance(error, UnicodeDecodeError):
-        return f"A file is not UTF-8 text (byte {error.start:,}); convert it to UTF-8 first.", 2
-    if isinstance(error, OSError) and text:  # no number: transformers, numpy and the hub word their own
-        return f"{text.rstrip('.')}; check the file or the name and run the command again.", 2
-    return None, 1
-
-
-def _is_disk_full(error: Exception) -> bool:
-    # safetensors writes from Rust and raises an error of its own, with the system's number in the text
-    rust = type(error).__name__ == "SafetensorError" and f"os error {errno.ENOSPC}" in str(error)
-    return rust or (isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT))
-
-
-def _at(error: Exception) -> str:
-    name = getattr(error, "filename", None)
-    return f" ({name})" if name else ""

@@ -305,7 +305,7 @@ def _exchange(a: Path, b: Path) -> bool:
     except (OSError, AttributeError):
         return False
     at_cwd, exchange_flag = -100, 2
-    return rename(at_cwd, os.fsencode(a), at_cwd, os.fsencode(b), exchange_flag) == 0
+    return bool(rename(at_cwd, os.fsencode(a), at_cwd, os.fsencode(b), exchange_flag) == 0)
 
 
 def _restore_interrupted(target: Path) -> None:

@@ -150,8 +150,8 @@ def notes(report: dict[str, Any]) -> list[str]:
         f"in {s['drift_samples']} texts.",
         f"Retrieval: {s['task_samples']} questions at each of {', '.join(map(str, s['task_lengths']))} "
         "tokens, with the 95 % interval.",
-        f"Speed: {s['context']} tokens read, {s['decode_tokens']} written, in a process of its own, with "
-        f"{threads(report)} threads on {report['machine']}.",
+        f"Speed: prefill of {s['context']} tokens, decode of {s['decode_tokens']}, in a process of its own, "
+        f"with {threads(report)} threads on {report['machine']}.",
         "A star marks the Pareto front of the schemes: no other is both smaller and closer to fp32.",
     ]
     return [said for said in (apart(report), *words) if said]

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lawcat_edge.explain import explain
 from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.runtime.files import read_json, write_json
 
@@ -35,7 +36,8 @@ class Row:
     def measure(self, part: str, key: str, work: Callable[[], Any]) -> Any:
         """The stored result of ``part`` if its key is this one, else that of ``work()``, stored.
 
-        An error becomes the part's one sentence, and None comes back.
+        What the user or the machine is to blame for, and what a runtime refuses to do, becomes the part's
+        one sentence, and None comes back. A bug is raised.
         """
         held = self.parts.get(part)
         if held is not None and held.get("key") == key and "result" in held:
@@ -45,9 +47,10 @@ class Row:
         try:
             entry["result"] = work()
         except Exception as error:
-            if os.environ.get("LAWCAT_EDGE_DEBUG") and not isinstance(error, LawcatError):
+            said = sentence(error)
+            if said is None or (os.environ.get("LAWCAT_EDGE_DEBUG") and not isinstance(error, LawcatError)):
                 raise
-            entry["error"] = sentence(error)
+            entry["error"] = said
         entry["seconds"] = round(time.perf_counter() - began, 2)
         self.parts[part] = entry
         write_json(self.path, {"format": FORMAT, "name": self.name, "kind": self.kind, "parts": self.parts})
@@ -69,14 +72,21 @@ class Row:
         return data
 
 
-def sentence(error: Exception) -> str:
-    """What went wrong, on one line."""
-    text = (str(error).strip().splitlines() or [""])[0]
-    if isinstance(error, LawcatError):
-        return text
-    if isinstance(error, MemoryError):
-        return "Memory ran out; close other programs or compare a smaller model."
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+def sentence(error: Exception) -> str | None:
+    """What went wrong, on one line; None for a bug."""
+    said, _ = explain(error)
+    bug = isinstance(error, (NotImplementedError, RecursionError))
+    if said is None and not bug and isinstance(error, (RuntimeError, *_of_onnxruntime())):
+        said = f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no reason given'])[0]}"
+    return said
+
+
+def _of_onnxruntime() -> tuple[type[Exception], ...]:
+    """Its own exceptions, which have nothing in common but their home."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    kinds = (kind for kind in vars(state).values() if isinstance(kind, type))
+    return tuple(kind for kind in kinds if issubclass(kind, Exception))
 
 
 def _stored(path: Path, name: str) -> dict[str, dict[str, Any]]:

@@ -19,7 +19,7 @@ from lawcat_edge import __version__
 from lawcat_edge.calibration.comparison.rows import key_of
 from lawcat_edge.calibration.graph import RecurrentGraph
 from lawcat_edge.export.layout import Layout
-from lawcat_edge.export.schemes import PRODUCTS, Product, Scheme
+from lawcat_edge.export.schemes import LINEARS, Linear, Scheme
 from lawcat_edge.export.stitch import stitch
 from lawcat_edge.export.trace import Template, trace_layer
 from lawcat_edge.export.writer import DataWriter
@@ -27,7 +27,7 @@ from lawcat_edge.losses import token_kl
 from lawcat_edge.progress import Progress, quiet
 from lawcat_edge.student import Student
 
-FP32 = Product("fp32")
+FP32 = Linear("fp32")
 _CHUNK = 256  # positions whose logits exist at once
 
 
@@ -44,7 +44,7 @@ class Bench:
         student: Student,
         folder: Path,
         ids: np.ndarray,
-        choices: Mapping[str, Product],
+        choices: Mapping[str, Linear],
         rotate: bool,
         threads: int | None = None,
         progress: Progress = quiet,
@@ -53,20 +53,21 @@ class Bench:
         self.threads, self.progress = threads, progress
         self.choices = {"fp32": FP32, **choices}
 
-    def uniform(self, product: Product) -> Scheme:
+    def uniform(self, product: Linear) -> Scheme:
         """Every product alike. The head and the embedding, which cannot be of every kind, are fp32 then."""
         head = product if product.kind in ("fp32", "nbits") and not product.offsets else FP32
-        products = {name: head if name == "head" else product for name in PRODUCTS}
+        products = {name: head if name == "head" else product for name in LINEARS}
         return Scheme("bench", products, head, 10.0, 3.0, self.rotate)
 
     def kl(self, scheme: Scheme) -> dict[str, float]:
         """Mean and 99th percentile of KL(fp32 ‖ scheme) over all tokens."""
         reference, graph = self._reference, self.graph(scheme)
-        losses = [
-            token_kl(known, seen)
-            for row, text in zip(self.ids, reference, strict=True)
-            for known, seen in zip(_pieces(text), self._read(graph, row), strict=True)
-        ]
+        losses = []
+        for row, known in zip(self.ids, reference, strict=True):
+            at = 0
+            for seen in self._read(graph, row):  # in pieces that a full buffer may shorten
+                losses.append(token_kl(known[at : at + len(seen)], seen))
+                at += len(seen)
         joined = np.concatenate(losses)
         return {"kl": float(joined.mean()), "kl_p99": float(np.quantile(joined, 0.99))}
 
@@ -125,20 +126,20 @@ class Bench:
         self.progress("storing", len(self.choices), len(self.choices))
         return stored
 
-    def _store(self, name: str, product: Product) -> dict[str, ir.ExternalTensor]:
+    def _store(self, name: str, product: Linear) -> dict[str, ir.ExternalTensor]:
         layout = self._layout(self.uniform(product))
         place = self.folder / name
         place.mkdir(parents=True, exist_ok=True)
         key = key_of(self.student.source, layout.config.to_dict(), layout.scheme.to_dict(), __version__)
         whole = product == FP32
         with DataWriter(place, key) as writer:
-            if whole or layout.scheme.products["head"] != FP32:
+            if whole or layout.scheme.linears["head"] != FP32:
                 writer.group("embedding", lambda: layout.store_embedding(writer))
                 writer.group("head", lambda: layout.store_head(writer))
             if whole:
                 writer.group("first_norm", lambda: layout.store_first_norm(writer))
             for i in range(layout.geometry.num_layers):
-                store = layout.store_layer if whole else layout.store_products
+                store = layout.store_layer if whole else layout.store_linears
                 writer.group(f"layer {i}", lambda i=i, store=store: store(writer, i))  # type: ignore[misc]
         return {key: _moved(tensor, self.folder, name) for key, tensor in writer.tensors.items()}
 
@@ -147,20 +148,16 @@ class Bench:
         names = {product: name for name, product in self.choices.items()}
         found = dict(self._stored["fp32"])
 
-        def take(product: Product, prefixes: tuple[str, ...]) -> None:
+        def take(product: Linear, prefixes: tuple[str, ...]) -> None:
             own = self._stored[names[product]]
             found.update({name: tensor for name, tensor in own.items() if name.startswith(prefixes)})
 
-        take(scheme.products["head"], ("embedding.", "head"))
+        take(scheme.linears["head"], ("embedding.", "head"))
         for i in range(self.student.geometry.num_layers):
-            for name in PRODUCTS:
+            for name in LINEARS:
                 if name != "head":
-                    take(scheme.product(name, i), (f"layers.{i}.{name}.",))
+                    take(scheme.linear(name, i), (f"layers.{i}.{name}.",))
         return found
-
-
-def _pieces(text: np.ndarray) -> list[np.ndarray]:
-    return [text[at : at + _CHUNK] for at in range(0, len(text), _CHUNK)]
 
 
 def _moved(tensor: ir.ExternalTensor, root: Path, folder: str) -> ir.ExternalTensor:

@@ -14,13 +14,13 @@ from typing import Any
 from lawcat_edge.calibration.mixed.sensitivity import CHOICES
 from lawcat_edge.config import LawcatConfig
 from lawcat_edge.export.products import same_table
-from lawcat_edge.export.rotation import turn
-from lawcat_edge.export.schemes import PRODUCTS, Product, Scheme
+from lawcat_edge.export.rotation import rotation_of_down
+from lawcat_edge.export.schemes import LINEARS, Linear, Scheme
 from lawcat_edge.export.step import layer_module
 from lawcat_edge.families import Geometry
 from lawcat_edge.runtime.errors import LawcatError
 
-_ALL = {"fp32": Product("fp32"), **CHOICES}
+_ALL = {"fp32": Linear("fp32"), **CHOICES}
 _ROUNDS = 6  # of measuring a choice and asking for less, where the sum promised too much
 
 
@@ -42,11 +42,11 @@ class Sizes:
         table = (g.vocab_size, g.hidden_size)
         kinds = {full: layer_module(g, self.config, full).shapes() for full in (False, True)}
         total = sum(
-            _bytes(scheme.product(name, i), *kinds[self.config.full_attention(i)][f"{name}.weight"])
+            _bytes(scheme.linear(name, i), *kinds[self.config.full_attention(i)][f"{name}.weight"])
             for i in range(g.num_layers)
             for name in ("qkv", "o", "gate_up", "down")
         )
-        head, embedding = scheme.products["head"], scheme.embedding.fitted(g.hidden_size)
+        head, embedding = scheme.linears["head"], scheme.embedding.fitted(g.hidden_size)
         if g.tie_embeddings:
             head = head.fitted(g.hidden_size)
         total += _bytes(embedding, *table)
@@ -54,12 +54,12 @@ class Sizes:
             total += _bytes(head, *table)
         if scheme.rotate and g.tie_embeddings:
             total += (4 if head.kind == "fp32" else 2) * g.hidden_size**2
-        turned = any(scheme.turns_down(i) for i in range(g.num_layers))
-        own = turn(g.intermediate_size) if turned else None
+        rotated = any(scheme.rotates_down(i) for i in range(g.num_layers))
+        own = rotation_of_down(g.intermediate_size) if rotated else None
         return self.rest + total + (own.nbytes if own is not None else 0)
 
 
-def _bytes(spec: Product, N: int, K: int) -> int:
+def _bytes(spec: Linear, N: int, K: int) -> int:
     if spec.kind == "fp32":
         return 4 * N * K
     if spec.kind in ("dynamic", "static"):
@@ -72,7 +72,7 @@ def _bytes(spec: Product, N: int, K: int) -> int:
 
 def scheme_of(name: str, choice: dict[str, str], rotate: bool) -> Scheme:
     """choice: a name of CHOICES or fp32 for each product."""
-    products = {product: _ALL[choice[product]] for product in PRODUCTS}
+    products = {product: _ALL[choice[product]] for product in LINEARS}
     return Scheme(name, products, products["head"], 10.0, 3.0, rotate)
 
 
@@ -80,10 +80,10 @@ def candidates(
     kinds: dict[str, dict[str, dict[str, float]]], sizes: Sizes, rotate: bool
 ) -> list[tuple[int, float, dict[str, str]]]:
     """(bytes, expected KL, choice) of every combination, smallest first."""
-    options = [["fp32", *kinds[product]] for product in PRODUCTS]
+    options = [["fp32", *kinds[product]] for product in LINEARS]
     found = []
     for combination in itertools.product(*options):
-        choice = dict(zip(PRODUCTS, combination, strict=True))
+        choice = dict(zip(LINEARS, combination, strict=True))
         expected = sum(kinds[p][name]["kl"] for p, name in choice.items() if name != "fp32")
         found.append((sizes.of(scheme_of("x", choice, rotate)), expected, choice))
     return sorted(found, key=lambda item: item[:2])

@@ -15,14 +15,14 @@ from typing import Any
 
 from lawcat_edge.calibration.comparison.report import small
 from lawcat_edge.calibration.comparison.rows import Row, key_of
-from lawcat_edge.export.schemes import PRODUCTS, Product, Scheme
+from lawcat_edge.export.schemes import LINEARS, Linear, Scheme
 from lawcat_edge.progress import Progress
 from lawcat_edge.runtime.errors import LawcatError
 
 CHOICES = {
-    "int8": Product("nbits", 8, 64),
-    "int8-dynamic": Product("dynamic", 8),
-    "int4": Product("nbits", 4, 32),
+    "int8": Linear("nbits", 8, 64),
+    "int8-dynamic": Linear("dynamic", 8),
+    "int4": Linear("nbits", 4, 32),
 }
 LAYER_CHOICE = "int4"
 
@@ -40,10 +40,10 @@ def sensitivity(
     kl_of: what a scheme costs. base: the scheme of which one part at a time is quantised. row: where each
     part is kept under ``key``, so that a killed run goes on. Raises LawcatError when a part failed.
     """
-    jobs = [(product, name) for product in PRODUCTS for name in CHOICES]
+    jobs = [(product, name) for product in LINEARS for name in CHOICES]
     jobs = [(product, name) for product, name in jobs if (product, name) != ("head", "int8-dynamic")]
     total = len(jobs) + layers
-    kinds: dict[str, dict[str, dict[str, float]]] = {product: {} for product in PRODUCTS}
+    kinds: dict[str, dict[str, dict[str, float]]] = {product: {} for product in LINEARS}
     progress("kinds", 0, total)
     for done, (product, name) in enumerate(jobs):
         scheme = only(base, product, CHOICES[name])
@@ -52,7 +52,7 @@ def sensitivity(
     by_layer = []
     for i in range(layers):
         scheme = base
-        for product in PRODUCTS:
+        for product in LINEARS:
             if product != "head":
                 scheme = only(scheme, product, CHOICES[LAYER_CHOICE], (i,))
         by_layer.append(_measured(row, f"layer {i}", key, kl_of, scheme))
@@ -71,12 +71,12 @@ def _measured(
     return found
 
 
-def only(base: Scheme, product: str, spec: Product, layers: tuple[int, ...] | None = None) -> Scheme:
+def only(base: Scheme, product: str, spec: Linear, layers: tuple[int, ...] | None = None) -> Scheme:
     """The scheme with one kind of product changed, in all layers or in some; a head takes the embedding
     along."""
     if layers is None:
         embedding = spec if product == "head" else base.embedding
-        return replace(base, products={**base.products, product: spec}, embedding=embedding)
+        return replace(base, linears={**base.linears, product: spec}, embedding=embedding)
     own = {i: {**base.layers.get(i, {}), product: spec} for i in layers}
     return replace(base, layers={**base.layers, **own})
 
@@ -112,7 +112,7 @@ def draw(found: dict[str, Any]) -> bytes:
         kinds = [(i, _kl(row, name)) for i, row in enumerate(found["kinds"].values())]
         shown = [(i + k * width, kl) for i, kl in kinds if kl is not None]
         left.bar([at for at, _ in shown], [kl for _, kl in shown], width, label=name)
-    left.set_xticks([i + 0.4 - width / 2 for i in range(len(PRODUCTS))], list(found["kinds"]))
+    left.set_xticks([i + 0.4 - width / 2 for i in range(len(LINEARS))], list(found["kinds"]))
     left.set(yscale="log", ylabel="mean KL to fp32", title="one kind of product quantised")
     left.legend(fontsize=8)
     right.bar(range(len(found["layers"])), [row["kl"] for row in found["layers"]])

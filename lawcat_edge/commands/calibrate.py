@@ -1,4 +1,4 @@
-"""``lawcat-edge calibrate``: ranges of activations for fixed 8-bit products, as a small JSON file."""
+"""``lawcat-edge calibrate``: ranges of activations for static linear layers, as a small JSON file."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def calibrate(
     text: Annotated[list[str] | None, typer.Option(hidden=True, help="Once --calibration.")] = None,
     tokens: Annotated[int | None, typer.Option(hidden=True, help="Once --calibration-tokens.")] = None,
 ) -> None:
-    """Measure what the products of TEACHER with an adapter read, on the recurrent graph.
+    """Measure what the linear layers of TEACHER with an adapter read, on the recurrent graph.
 
     Every text is read in one go, up to 4,096 tokens, since ranges drift with the state. The file says which
     student it was measured on and is refused for another.
@@ -50,7 +50,7 @@ def calibrate(
     files, count = [*(calibration or ()), *(text or ())], tokens or calibration_tokens
     table = load_scheme(scheme)
     if not table.static:
-        raise LawcatError(f"The scheme {table.name} needs no ranges; name one with static products.")
+        raise LawcatError(f"The scheme {table.name} needs no ranges; name one with static linear layers.")
     others = [Ranges.load(path) for path in merge or ()]
     student = open_student(teacher, adapter)
     with reporter(lines=False) as show, tempfile.TemporaryDirectory(prefix="lawcat-calibrate-") as folder:

@@ -36,7 +36,10 @@ def compare(
     decode_tokens: Annotated[int, typer.Option(help="Tokens written when speed is measured.")] = 64,
     threads: Annotated[int | None, typer.Option(help="Processor threads; default: physical cores.")] = None,
     sensitivity: Annotated[
-        bool, typer.Option(help="Also measure which products and layers mind being quantised.")
+        bool,
+        typer.Option(
+            help="Also measure which kinds of linear layer, and which layers, mind being quantised."
+        ),
     ] = False,
     max_kl: Annotated[
         float | None, typer.Option(help="Add a mixed scheme: the smallest with at most this KL.")

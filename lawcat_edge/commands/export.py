@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lawcat_edge.commands.options import CALIBRATION_TOKENS, CalibrationFiles, CalibrationTokens
+from lawcat_edge.runtime.bundle.flavours import FLAVOURS
 from lawcat_edge.runtime.errors import LawcatError
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from lawcat_edge.export.schemes import Scheme
     from lawcat_edge.progress import Progress
     from lawcat_edge.student import Student
+
+OPERATORS = ",".join(FLAVOURS)
 
 
 def export(
@@ -44,7 +47,7 @@ def export(
     scheme: Annotated[
         str, typer.Option(help="fp32, int8, int8-dynamic, int8-static, int4, or a JSON file (your table).")
     ] = "int8",
-    ops: Annotated[str, typer.Option(help="Operators, one or several: ort,onnx,portable.")] = "ort",
+    ops: Annotated[str, typer.Option(help=f"Operators, one or several: {OPERATORS}.")] = "ort",
     ort_format: Annotated[
         bool, typer.Option("--ort-format", help="Also write model.ort and its operators, for mobile apps.")
     ] = False,

@@ -66,8 +66,9 @@ def serve(
     if not 0 < max_request_mb <= 1024:  # also refuses NaN
         raise LawcatError("--max-request-mb must be from 0 to 1024.")
     from lawcat_edge.runtime import Model
-    from lawcat_edge.runtime.server.app import Options, is_local
+    from lawcat_edge.runtime.server.app import Options
     from lawcat_edge.runtime.server.app import serve as run
+    from lawcat_edge.runtime.server.middleware import is_local
 
     host = host[1:-1] if host.startswith("[") and host.endswith("]") else host
     options = Options(

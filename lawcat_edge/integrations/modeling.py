@@ -32,7 +32,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from lawcat_edge.runtime.bundle.hub import fetch
 from lawcat_edge.runtime.bundle.manifest import GENERATION_CONFIG, MANIFEST, Bundle
 from lawcat_edge.runtime.bundle.signature import SIGNATURE
-from lawcat_edge.runtime.engine.session import Engine, State
+from lawcat_edge.runtime.engine.session import Engine
+from lawcat_edge.runtime.engine.state import State
 from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.runtime.files import atomic_folder, parse_json
 from lawcat_edge.teacher import state_name

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from lawcat_edge.runtime.bundle.manifest import CHAT_TEMPLATE, TOKENIZER, Bundle, Parity
-from lawcat_edge.runtime.engine.session import Engine, State
+from lawcat_edge.runtime.engine.session import Engine
+from lawcat_edge.runtime.engine.state import State
 from lawcat_edge.runtime.errors import CheckFailed, LawcatError
 from lawcat_edge.runtime.generate.text import Tokenizer
 from lawcat_edge.runtime.template.chat import ChatTemplate

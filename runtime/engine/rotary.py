@@ -42,9 +42,9 @@ def scaled_frequencies(head_dim: int, theta: float, scaling: Any) -> np.ndarray:
     old = float(scaling["original_max_position_embeddings"])
     if not min(factor, low, old, high - low) > 0:  # so that a NaN fails too
         raise ValueError("not above zero")
-    turns = old * base / (2 * math.pi)
+    revolutions = old * base / (2 * math.pi)
     # Slow dimensions are stretched by the factor, fast ones kept, those between blended.
-    keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    keep = np.clip((revolutions - low) / (high - low), 0.0, 1.0)
     return _finite(base * keep + base * (1 / factor) * (1 - keep))
 
 
@@ -69,5 +69,6 @@ def _finite(frequencies: np.ndarray) -> np.ndarray:
 
 
 def angles(frequencies: np.ndarray, start: int, count: int) -> np.ndarray:
-    """Angles of positions start .. start+count-1, float64 [count, d/2]: both halves of a head turn alike."""
-    return np.arange(start, start + count, dtype=np.float64)[:, None] * frequencies
+    """Angles of positions start .. start+count-1, float64 [count, d/2]: for both halves of a head."""
+    found: np.ndarray = np.arange(start, start + count, dtype=np.float64)[:, None] * frequencies
+    return found

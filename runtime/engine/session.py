@@ -202,7 +202,8 @@ class Engine:
         self._check_tokens(ids, state)
         state.make_room(ids.shape[1])
         # A second session has weights of its own, and takes its time to open.
-        return self._call("last" if self._choosable else "all", ids, state, trial=True)[0]
+        logits: np.ndarray = self._call("last" if self._choosable else "all", ids, state, trial=True)[0]
+        return logits
 
     def _call(self, kind: str, ids: np.ndarray, state: State, trial: bool = False) -> np.ndarray:
         T = ids.shape[1]

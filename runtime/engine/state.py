@@ -256,7 +256,7 @@ class State:
 
     @staticmethod
     def _tokens(inputs: dict[str, np.ndarray]) -> int:
-        return inputs["position_ids"].shape[1]
+        return int(inputs["position_ids"].shape[1])
 
     def feeds(self, ids: np.ndarray) -> dict[str, np.ndarray]:
         """All inputs of a graph by name, for a session that is run without bindings: ids [B,T]."""

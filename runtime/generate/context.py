@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lawcat_edge.runtime.engine.session import State
+from lawcat_edge.runtime.engine.state import State
 from lawcat_edge.runtime.generate.sampling import Choice
 from lawcat_edge.runtime.generate.stats import Stats
 from lawcat_edge.runtime.template.chat import Message

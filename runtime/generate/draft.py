@@ -37,7 +37,7 @@ class Drafter:
         self._length = min(3, longest)
         self._account = _AT_ONCE
 
-    def propose(self, tokens: array, unread: int, room: int) -> list[int]:
+    def propose(self, tokens: array[int], unread: int, room: int) -> list[int]:
         """Up to `room` tokens that may follow `tokens`, of which the model has still to read `unread`."""
         self._account = min(self._account + _SHARE, _MOST_SAVED)
         length = min(self._length, room)
@@ -58,7 +58,7 @@ def _cost(drafted: int, accepted: int) -> float:
     return _TRIAL + _TOKEN * drafted + again
 
 
-def following(tokens: array, count: int) -> list[int]:
+def following(tokens: array[int], count: int) -> list[int]:
     """The `count` tokens after the place that the end of `tokens` is most like, [] if none is.
 
     The longest match wins, of equals the last; where a text repeats itself its period is gone on with.

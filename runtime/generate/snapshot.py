@@ -36,7 +36,7 @@ class Snapshot:
     """
 
     bundle_sha256: str
-    tokens: array
+    tokens: array[int]
     fed: int
     tensors: list[np.ndarray]
     extra: dict[str, Any] = field(default_factory=dict)

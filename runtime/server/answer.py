@@ -27,7 +27,7 @@ class Answer:
         self,
         model: Model,
         asked: Asked,
-        prompts: Sequence[array],
+        prompts: Sequence[array[int]],
         echo: Sequence[str] | None,
         name: str,
         stall_seconds: float,

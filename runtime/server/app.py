@@ -307,7 +307,7 @@ class _Service:
 
     def _read(
         self, data: bytes, parse: Callable[..., Asked]
-    ) -> tuple[Asked, list[array], list[str] | None, str]:
+    ) -> tuple[Asked, list[array[int]], list[str] | None, str]:
         """(what is asked, token ids of each prompt, their texts if to be given out, the name)."""
         body = read_body(data)
         check_model(body, self.names)

@@ -43,7 +43,7 @@ class StateCache:
     def nbytes(self) -> int:
         return sum(entry.context.state.nbytes for entry in self._entries.values())
 
-    def find(self, tokens: array) -> tuple[Context | None, np.ndarray | None, int | None]:
+    def find(self, tokens: array[int]) -> tuple[Context | None, np.ndarray | None, int | None]:
         """(a copy of the state of the longest beginning of `tokens`, its logits if all are read, branch).
 
         branch: number of tokens after which the caller should ``add`` its state, because an earlier text

@@ -11,7 +11,7 @@ from typing import Any
 
 from lawcat_edge.runtime import files
 from lawcat_edge.runtime.errors import LawcatError
-from lawcat_edge.runtime.generate.model import Request
+from lawcat_edge.runtime.generate.request import Request
 from lawcat_edge.runtime.generate.sampling import SamplingOptions
 from lawcat_edge.runtime.template.chat import Message
 

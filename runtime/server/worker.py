@@ -50,7 +50,7 @@ class Job:
 
     def __init__(
         self,
-        prompts: Sequence[array],
+        prompts: Sequence[array[int]],
         request: Request,
         wake: Callable[[], None],
         room: int = 64,

@@ -120,7 +120,8 @@ def make_environment() -> Any:
             def format(*args: Any, **kwargs: Any) -> str:  # (it is called so in a template)
                 if mapped:
                     (kwargs,), args = args, ()
-                return type(text)(formatter.vformat(text, args, kwargs))
+                made: str = type(text)(formatter.vformat(text, args, kwargs))
+                return made
 
             return format
 

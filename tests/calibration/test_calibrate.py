@@ -103,7 +103,7 @@ def test_every_flavour_of_static_and_of_offsets_computes_the_same(
         assert token_kl(found[0], found[1]).mean() < bound * token_kl(found[0] * 0, found[0]).mean() + 1e-6
 
 
-def test_calibrated_int4_beats_the_nearest_codes(made: SimpleNamespace, tmp_path: Path) -> None:
+def test_calibrated_int4_beats_the_nearest(made: SimpleNamespace, tmp_path: Path) -> None:
     """Over several students: on one small random one, errors of 4 bits may fall either way."""
     table = SCHEMES["int4"].to_dict()
     four = {"kind": "nbits", "bits": 4, "block": 16}

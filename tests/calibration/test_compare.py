@@ -17,6 +17,7 @@ from lawcat_edge.adapter import Adapter
 from lawcat_edge.calibration.comparison import bundles, measure
 from lawcat_edge.calibration.comparison import compare as comparing
 from lawcat_edge.calibration.comparison.report import pareto, ppl_change
+from lawcat_edge.calibration.comparison.rows import Row
 from lawcat_edge.calibration.comparison.settings import Settings
 from lawcat_edge.calibration.texts import spread
 from lawcat_edge.evaluate.lm import load_tokenizer
@@ -194,6 +195,22 @@ def test_one_part_that_fails_leaves_the_others_and_is_tried_again(
     assert row["errors"] == {"speed": "The speed could not be taken; try again."}
     assert row["accuracy"]["tokens"] == 190
     assert "speed" in run(made, tmp_path, ["fp32"])["rows"][0]
+
+
+@pytest.mark.parametrize("error", [KeyError("rows"), AssertionError(), NotImplementedError()])
+def test_a_bug_is_no_cell_of_the_table(tmp_path: Path, error: Exception) -> None:
+    def broken(*_: Any) -> Any:
+        raise error
+
+    row = Row(tmp_path / "row.json", "fp32", "scheme")
+    with pytest.raises(type(error)):
+        row.measure("accuracy", "key", broken)
+    assert row.measure("accuracy", "key", lambda: _raise(RuntimeError("no such kernel\nat 0x1"))) is None
+    assert row.errors == {"accuracy": "RuntimeError: no such kernel"}
+
+
+def _raise(error: Exception) -> Any:
+    raise error
 
 
 def test_a_damaged_bundle_or_row_file_is_made_anew(made: SimpleNamespace, tmp_path: Path) -> None:

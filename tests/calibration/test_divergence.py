@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -69,6 +70,10 @@ def toy(*arguments: Any, **options: Any) -> Any:
     return Table(*arguments, **options)
 
 
+def subject(model: Any) -> Any:
+    return SimpleNamespace(model=model)
+
+
 IDS = np.random.default_rng(2).integers(0, 50, 1025)
 
 
@@ -86,8 +91,9 @@ def test_chunks_do_not_change_the_losses_and_bound_what_is_held() -> None:
 
 
 def test_drift_sees_an_error_that_grows_and_none_that_stays() -> None:
-    still = drift(toy("a", 0.5), toy("b", 0.0), np.stack([IDS, IDS[::-1]]), lambda *_: None)
-    grown = drift(toy("a", 0.5, growing=True), toy("b", 0.0), np.stack([IDS, IDS[::-1]]), lambda *_: None)
+    texts, exact = np.stack([IDS, IDS[::-1]]), subject(toy("b", 0.0))
+    still = drift(subject(toy("a", 0.5)), exact, texts, lambda *_: None)
+    grown = drift(subject(toy("a", 0.5, growing=True)), exact, texts, lambda *_: None)
     assert 0.7 < still["ratio"] < 1.4
     assert grown["ratio"] > 20
     assert [b["tokens"] for b in grown["buckets"]] == [256] * 8

@@ -10,14 +10,14 @@ from exported import make_bundle, make_student
 
 from lawcat_edge.calibration import gptq
 from lawcat_edge.calibration.gptq import DAMPING, Gptq, round_rows
-from lawcat_edge.calibration.hessian import Moments
+from lawcat_edge.calibration.hessian import Hessians
 from lawcat_edge.config import LawcatConfig
 from lawcat_edge.export.rounding import bounds, grid, nearest
-from lawcat_edge.export.schemes import Product
+from lawcat_edge.export.schemes import Linear
 from lawcat_edge.runtime.errors import LawcatError
 
-FOUR, EIGHT = Product("nbits", 4, 16), Product("nbits", 8, 16)
-OFFSETS, COLUMN = Product("nbits", 4, 16, offsets=True), Product("static", 7)
+FOUR, EIGHT = Linear("nbits", 4, 16), Linear("nbits", 8, 16)
+OFFSETS, COLUMN = Linear("nbits", 4, 16, offsets=True), Linear("static", 7)
 
 
 def problem(K: int = 72, n: int = 21) -> tuple[np.ndarray, np.ndarray]:
@@ -27,48 +27,48 @@ def problem(K: int = 72, n: int = 21) -> tuple[np.ndarray, np.ndarray]:
     return rng.standard_normal((n, K)).astype(np.float32), rng.standard_normal((4000, K)) @ mixed
 
 
-def blocks(rows: np.ndarray, spec: Product) -> np.ndarray:
+def blocks(rows: np.ndarray, spec: Linear) -> np.ndarray:
     block = spec.block if spec.kind == "nbits" else rows.shape[1]
     return np.pad(rows, ((0, 0), (0, -rows.shape[1] % block))).reshape(len(rows), -1, block)
 
 
-def reference(weights: np.ndarray, moment: np.ndarray, spec: Product) -> np.ndarray:
+def reference(weights: np.ndarray, hessian: np.ndarray, spec: Linear) -> np.ndarray:
     """The textbook form: one column at a time, each time the inverse of M over the columns still free."""
     values = blocks(weights, spec).astype(np.float64)
     n, count, block = values.shape
     M = np.zeros((count * block,) * 2)
-    M[: len(moment), : len(moment)] = moment
+    M[: len(hessian), : len(hessian)] = hessian
     diagonal = M.diagonal().copy()
-    diagonal[: len(moment)] += DAMPING * diagonal[: len(moment)].mean()
-    diagonal[len(moment) :] = diagonal[: len(moment)].mean()
+    diagonal[: len(hessian)] += DAMPING * diagonal[: len(hessian)].mean()
+    diagonal[len(hessian) :] = diagonal[: len(hessian)].mean()
     np.fill_diagonal(M, diagonal)
     found = grid(values.astype(np.float32), spec, diagonal.astype(np.float32).reshape(count, block))
     low, high = bounds(spec)
-    left, codes = values.reshape(n, -1), np.zeros((n, count * block))
+    left, quantised = values.reshape(n, -1), np.zeros((n, count * block))
     free = list(np.argsort(-diagonal, kind="stable"))
     while free:
         column, inverse = free[0], np.linalg.inv(M[np.ix_(free, free)])
         scale = found.scales[:, column // block].astype(np.float64)
         offset = 0 if found.offsets is None else found.offsets[:, column // block]
-        codes[:, column] = np.clip(np.rint(left[:, column] / scale - offset), low, high)
-        error = left[:, column] - (codes[:, column] + offset) * scale
+        quantised[:, column] = np.clip(np.rint(left[:, column] / scale - offset), low, high)
+        error = left[:, column] - (quantised[:, column] + offset) * scale
         left[:, free] -= error[:, None] * inverse[0] / inverse[0, 0]
         free.pop(0)
-    return codes.reshape(n, count, block)
+    return quantised.reshape(n, count, block)
 
 
 @pytest.mark.parametrize("spec", [FOUR, EIGHT, OFFSETS, COLUMN], ids=lambda spec: f"{spec.kind}{spec.bits}")
-def test_codes_are_those_of_the_textbook(spec: Product) -> None:
+def test_quantised_values_are_those_of_the_textbook(spec: Linear) -> None:
     weights, x = problem()
-    moment = (x.T @ x / len(x)).astype(np.float32)
-    found = round_rows(blocks(weights, spec), moment, spec)
-    known = reference(weights, moment.astype(np.float64), spec)
-    assert (found.codes == known).mean() > 0.995  # float32 flips a tie now and then, and what follows it
-    assert np.abs(found.codes).max() <= 127
+    hessian = (x.T @ x / len(x)).astype(np.float32)
+    found = round_rows(blocks(weights, spec), hessian, spec)
+    known = reference(weights, hessian.astype(np.float64), spec)
+    assert (found.quantised == known).mean() > 0.995  # float32 flips a tie now and then, and what follows it
+    assert np.abs(found.quantised).max() <= 127
 
 
 @pytest.mark.parametrize("spec", [FOUR, OFFSETS, COLUMN])
-def test_the_output_is_closer_than_with_the_nearest_codes(spec: Product) -> None:
+def test_the_output_is_closer_than_with_the_nearest(spec: Linear) -> None:
     weights, x = problem()
     values = blocks(weights, spec)
 
@@ -81,11 +81,11 @@ def test_the_output_is_closer_than_with_the_nearest_codes(spec: Product) -> None
 
 def test_rows_may_come_in_any_blocks_of_rows() -> None:
     weights, x = problem()
-    moment = (x.T @ x / len(x)).astype(np.float32)
-    state = gptq._Rounding(moment, 80, FOUR)
+    hessian = (x.T @ x / len(x)).astype(np.float32)
+    state = gptq._Rounding(hessian, 80, FOUR)
     whole = state(blocks(weights, FOUR))
     parts = [state(blocks(weights[k : k + 5], FOUR)) for k in range(0, len(weights), 5)]
-    assert (np.concatenate([part.codes for part in parts]) == whole.codes).mean() > 0.999
+    assert (np.concatenate([part.quantised for part in parts]) == whole.quantised).mean() > 0.999
     assert (np.concatenate([part.scales for part in parts]) == whole.scales).all()
 
 
@@ -93,14 +93,14 @@ def test_an_input_never_seen_is_rounded_all_the_same() -> None:
     weights, x = problem()
     x[:, ::3] = 0
     found = round_rows(blocks(weights, FOUR), (x.T @ x / len(x)).astype(np.float32), FOUR)
-    assert np.isfinite(found.codes).all()
+    assert np.isfinite(found.quantised).all()
     zero = round_rows(blocks(weights, FOUR), np.zeros((72, 72), np.float32), FOUR)
-    assert np.isfinite(zero.codes).all()
+    assert np.isfinite(zero.quantised).all()
 
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("moments")
+    folder = tmp_path_factory.mktemp("hessians")
     teacher, model, adapter = make_student(folder / "t", config=LawcatConfig(feature_dim=8, window=4))
     make_bundle(teacher, model, adapter, folder / "b")
     return folder / "b"
@@ -108,7 +108,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_moments_in_small_groups_are_those_of_one_reading(bundle: Path) -> None:
     texts = np.random.default_rng(0).integers(0, 257, (2, 700))
-    whole, small = Moments(bundle, texts, 1), Moments(bundle, texts, 1, chunk=100, budget=1)
+    whole, small = Hessians(bundle, texts, 1), Hessians(bundle, texts, 1, chunk=100, budget=1)
     for path in whole.paths:
         known = whole.of(path)
         assert np.abs(small.of(path) - known).max() < 1e-4 * np.abs(known).max(), path
@@ -120,10 +120,10 @@ def test_moments_in_small_groups_are_those_of_one_reading(bundle: Path) -> None:
 
 def test_too_little_text_is_one_sentence(bundle: Path) -> None:
     with pytest.raises(LawcatError, match="holds 100 tokens, 1,024 are needed"):
-        Moments(bundle, np.zeros((1, 100), np.int64))
+        Hessians(bundle, np.zeros((1, 100), np.int64))
 
 
 def test_the_identity_follows_text_and_bundle(bundle: Path) -> None:
     texts = np.zeros((2, 600), np.int64)
-    one, same, other = (Gptq(Moments(bundle, t)) for t in (texts, texts.copy(), texts + 1))
+    one, same, other = (Gptq(Hessians(bundle, t)) for t in (texts, texts.copy(), texts + 1))
     assert one.sha256 == same.sha256 != other.sha256

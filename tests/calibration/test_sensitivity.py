@@ -17,7 +17,7 @@ from lawcat_edge.calibration.mixed import search, sensitivity
 from lawcat_edge.calibration.mixed.bench import FP32, Bench
 from lawcat_edge.config import LawcatConfig
 from lawcat_edge.evaluate.lm import BundleModel
-from lawcat_edge.export.schemes import SCHEMES, Product, Scheme
+from lawcat_edge.export.schemes import SCHEMES, Linear, Scheme
 from lawcat_edge.losses import token_kl
 from lawcat_edge.runtime.bundle.manifest import Bundle
 from lawcat_edge.runtime.errors import LawcatError
@@ -36,7 +36,7 @@ KINDS: dict[str, dict[str, dict[str, float]]] = {
 
 
 def bench_of(
-    folder: Path, teacher: Teacher, adapter: Adapter, choices: dict[str, Product], rotate: bool
+    folder: Path, teacher: Teacher, adapter: Adapter, choices: dict[str, Linear], rotate: bool
 ) -> Bench:
     return Bench(Student.of(teacher, adapter), folder, IDS, choices, rotate, threads=1)
 
@@ -71,7 +71,7 @@ def test_a_graph_of_the_bench_computes_what_the_bundle_does(tmp_path: Path, name
         np.concatenate(list(BundleModel(tmp_path / folder, threads=1).logits(IDS, 1000)))
         for folder in ("bundle", "exact")
     )
-    kinds = {str(i): product for i, product in enumerate(dict.fromkeys(scheme.products.values()))}
+    kinds = {str(i): product for i, product in enumerate(dict.fromkeys(scheme.linears.values()))}
     bench = bench_of(tmp_path / "bench", teacher, adapter, kinds, scheme.rotate)
     np.testing.assert_allclose(bench.logits(scheme), seen, atol=1e-5 * np.abs(seen).max())
     flat = (-1, before.shape[-1])
@@ -82,7 +82,7 @@ def test_a_graph_of_the_bench_computes_what_the_bundle_does(tmp_path: Path, name
 
 def test_one_kind_or_layer_alone_and_nothing_of_it_stays(tmp_path: Path) -> None:
     teacher, _, adapter = make_student(tmp_path / "t")
-    four = Product("nbits", 4, 32)
+    four = Linear("nbits", 4, 32)
     bench = bench_of(tmp_path / "bench", teacher, adapter, {"int4": four}, True)
     base = bench.uniform(FP32)
     before = bench.logits(base)
@@ -149,13 +149,13 @@ def sizes(tmp_path: Path) -> search.Sizes:
 
 def test_the_smallest_within_a_kl_and_the_best_under_a_size_agree(sizes: search.Sizes) -> None:
     scheme = search.smallest(KINDS, sizes, 0.05, True)
-    assert scheme.products["down"] != Product("nbits", 4, 32)
-    assert any(product.bits == 4 for product in scheme.products.values())
+    assert scheme.linears["down"] != Linear("nbits", 4, 32)
+    assert any(product.bits == 4 for product in scheme.linears.values())
     assert Scheme.from_dict(scheme.to_dict()) == scheme
     best = search.best_under(KINDS, sizes, sizes.of(scheme), True)
-    assert best.products == scheme.products
+    assert best.linears == scheme.linears
     everything = search.best_under(KINDS, sizes, 1 << 40, True)
-    assert {product.kind for product in everything.products.values()} == {"fp32"}
+    assert {product.kind for product in everything.linears.values()} == {"fp32"}
 
 
 def test_a_promise_that_does_not_hold_is_lowered(sizes: search.Sizes) -> None:
@@ -163,8 +163,8 @@ def test_a_promise_that_does_not_hold_is_lowered(sizes: search.Sizes) -> None:
 
     def twice(scheme: Scheme) -> dict[str, float]:
         asked.append(scheme)
-        names = {Product(**value.__dict__): key for key, value in sensitivity.CHOICES.items()}
-        cost = sum(KINDS[p][names[s]]["kl"] for p, s in scheme.products.items() if s.kind != "fp32")
+        names = {Linear(**value.__dict__): key for key, value in sensitivity.CHOICES.items()}
+        cost = sum(KINDS[p][names[s]]["kl"] for p, s in scheme.linears.items() if s.kind != "fp32")
         return {"kl": 2 * cost}
 
     scheme = search.smallest(KINDS, sizes, 0.05, True, twice)

@@ -19,11 +19,11 @@ from tiny_teacher import make_teacher
 from lawcat_edge.adapter import Adapter
 from lawcat_edge.cli import run
 from lawcat_edge.config import LawcatConfig
-from lawcat_edge.export import layout
+from lawcat_edge.export import exporter, layout
 from lawcat_edge.export.exporter import ExportOptions, export_bundle
 from lawcat_edge.export.rotation import Rotation
 from lawcat_edge.export.rounding import nearest
-from lawcat_edge.export.schemes import SCHEMES, Product, Scheme, load_scheme
+from lawcat_edge.export.schemes import SCHEMES, Linear, Scheme, load_scheme
 from lawcat_edge.export.verify import compare, cut, replay
 from lawcat_edge.export.writer import DataWriter
 from lawcat_edge.families import Geometry
@@ -186,10 +186,10 @@ def test_rotation_changes_nothing_in_float32(tmp_path: Path) -> None:
             tmp_path / f"{family}{tied}", family, lora=2, tie_word_embeddings=tied, attention_bias=True
         )
         fp32 = SCHEMES["fp32"]
-        rotated = Scheme("turned", fp32.products, fp32.embedding, 1e-4, 1e-6, rotate=True)
+        rotated = Scheme("turned", fp32.linears, fp32.embedding, 1e-4, 1e-6, rotate=True)
         plain = make_bundle(teacher, model, adapter, tmp_path / "a", scheme="fp32")
-        turned = make_bundle(teacher, model, adapter, tmp_path / "b", scheme=rotated)
-        assert turned["parity"]["ort"]["rel_err"] < 5e-5
+        rotated_x = make_bundle(teacher, model, adapter, tmp_path / "b", scheme=rotated)
+        assert rotated_x["parity"]["ort"]["rel_err"] < 5e-5
         first = (tmp_path / "a" / "model.onnx.data").read_bytes()
         assert first != (tmp_path / "b" / "model.onnx.data").read_bytes()
         assert plain["parity"]["ort"]["rel_err"] > 0
@@ -198,9 +198,9 @@ def test_rotation_changes_nothing_in_float32(tmp_path: Path) -> None:
 @pytest.mark.parametrize("width", [48, 576, 2048, 15, 4096])
 def test_rotation_is_orthogonal(width: int) -> None:
     rotation, x = Rotation(width), np.random.default_rng(0).standard_normal((5, width)).astype(np.float32)
-    turned = rotation.rows(x)
-    assert_allclose(turned @ turned.T, x @ x.T, atol=width * 3e-6)
-    assert np.abs(turned - x).max() > 0.1
+    rotated_x = rotation.rows(x)
+    assert_allclose(rotated_x @ rotated_x.T, x @ x.T, atol=width * 3e-6)
+    assert np.abs(rotated_x - x).max() > 0.1
     spike = np.zeros((1, width), np.float32)
     spike[0, width // 2] = 100.0
     assert np.abs(rotation.rows(spike)).max() < 95 if width == 15 else np.abs(rotation.rows(spike)).max() < 80
@@ -211,31 +211,31 @@ def test_rotation_is_orthogonal(width: int) -> None:
 def test_rounding_is_to_the_nearest_step() -> None:
     values = np.random.default_rng(0).standard_normal((7, 3, 32)).astype(np.float32)
     values[0, 0] = 0
-    eight = nearest(values, Product("nbits", 8, 32))
+    eight = nearest(values, Linear("nbits", 8, 32))
     back = eight.values().reshape(values.shape)
     # half a step, and what the largest value loses to its scale being a float16
     assert (np.abs(back - values) <= eight.scales[..., None] * 0.5001 + np.abs(values) * 5e-4).all()
-    four = nearest(values, Product("nbits", 4, 32))
+    four = nearest(values, Linear("nbits", 4, 32))
     back = four.values().reshape(values.shape)
     assert np.square(back - values).mean() < 0.0095
     assert (back[0, 0] == 0).all()
-    assert four.codes.min() == -8
+    assert four.quantised.min() == -8
     for found in (eight, four):
         assert (found.scales.astype(np.float16) == found.scales).all()
 
 
 def test_offsets_give_back_weights_that_came_from_4_bits() -> None:
-    """A GGUF in Q4_1 holds blocks of 32 values d * code + m; symmetric codes lose much of that."""
+    """A GGUF in Q4_1 holds blocks of 32 values d * q + m; a symmetric grid loses much of that."""
     generator = np.random.default_rng(0)
     d, m = generator.random((50, 4, 1)) * 0.01 + 0.01, generator.random((50, 4, 1)) * -0.1 - 0.02
-    codes = generator.integers(0, 16, (50, 4, 32))
-    codes[..., 0], codes[..., 1] = 0, 15
-    values = (codes * d.astype(np.float16) + m.astype(np.float16)).astype(np.float32)
+    quantised = generator.integers(0, 16, (50, 4, 32))
+    quantised[..., 0], quantised[..., 1] = 0, 15
+    values = (quantised * d.astype(np.float16) + m.astype(np.float16)).astype(np.float32)
     values = values[((values.min(-1) < 0) & (values.max(-1) > 0)).all(-1)]
     assert len(values) > 30
     lost = {}
     for offsets in (True, False):
-        found = nearest(values, Product("nbits", 4, 32, offsets=offsets))
+        found = nearest(values, Linear("nbits", 4, 32, offsets=offsets))
         lost[offsets] = np.square(found.values().reshape(values.shape) - values).mean()
     assert lost[True] < lost[False] / 100
 
@@ -244,8 +244,8 @@ def test_integer_product_of_seven_bits_cannot_saturate(tmp_path: Path) -> None:
     """Two u8 x s8 products fit 16 bits for the stored weights, whatever the activations: no VNNI needed, and
     no setting of the runtime's."""
     teacher, model, adapter = make_student(tmp_path / "t")
-    seven = dict.fromkeys(("qkv", "o", "gate_up", "down"), Product("dynamic", 7))
-    scheme = replace(SCHEMES["int8-dynamic"], products=SCHEMES["int8-dynamic"].products | seven)
+    seven = dict.fromkeys(("qkv", "o", "gate_up", "down"), Linear("dynamic", 7))
+    scheme = replace(SCHEMES["int8-dynamic"], linears=SCHEMES["int8-dynamic"].linears | seven)
     make_bundle(teacher, model, adapter, tmp_path / "b", scheme=scheme)
     graph = onnx.load(tmp_path / "b" / "model.onnx").graph
     signed = [onnx.numpy_helper.to_array(t) for t in graph.initializer if t.name.endswith(".s8")]
@@ -312,6 +312,26 @@ def test_killed_export_is_taken_up_again(tmp_path: Path, monkeypatch: pytest.Mon
     assert any(name.startswith("layers.3") for name in again - first)
     for file in ("model.onnx.data", "model.onnx", "lawcat_bundle.json"):
         assert (tmp_path / "b" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
+def test_an_export_killed_while_it_is_verified_stores_nothing_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher, model, adapter = make_student(tmp_path / "t")
+    make_bundle(teacher, model, adapter, tmp_path / "whole", name="b")
+
+    def killed(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(exporter, "verify_folder", killed)
+        with pytest.raises(KeyboardInterrupt):
+            make_bundle(teacher, model, adapter, tmp_path / "b", name="b")
+    monkeypatch.setattr(DataWriter, "write", killed)
+    make_bundle(teacher, model, adapter, tmp_path / "b", name="b")
+    for file in ("model.onnx.data", "model.onnx", "lawcat_bundle.json"):
+        assert (tmp_path / "b" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "t", "whole"]
 
 
 def test_bad_weights_and_adapters_are_refused(tmp_path: Path) -> None:
@@ -387,7 +407,7 @@ def test_untrained_bundle_runs_and_rejects_nothing(tmp_path: Path) -> None:
     assert np.isfinite(replay(engine, tokens, [20, 30])).all()
     genai = json.loads((tmp_path / "b" / "genai_config.json").read_text())
     assert genai["model"]["vocab_size"] == 257
-    assert Product("fp32").to_dict() == {"kind": "fp32"}
+    assert Linear("fp32").to_dict() == {"kind": "fp32"}
 
 
 @pytest.mark.parametrize("template", [None, "{% for m in messages %}{{ m['content'] }}{% endfor %}"])

@@ -11,7 +11,8 @@ from tiny_bundle import V, build_tiny_bundle
 
 from lawcat_edge.config import LawcatConfig
 from lawcat_edge.runtime.bundle.manifest import Bundle
-from lawcat_edge.runtime.engine.session import Engine, State
+from lawcat_edge.runtime.engine.session import Engine
+from lawcat_edge.runtime.engine.state import State
 
 
 def check_state(state: State) -> None:

@@ -117,7 +117,7 @@ def test_every_failure_to_write_says_what_to_do(
     def fail(*_: Any) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(files.os, "replace", fail)
+    monkeypatch.setattr("os.replace", fail)
     with pytest.raises(LawcatError, match=f"Cannot write .*{os.strerror(number)}.*{step}"):
         files.write_text(tmp_path / "f", "new")
     monkeypatch.undo()

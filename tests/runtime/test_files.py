@@ -109,7 +109,7 @@ def test_a_file_that_grows_while_it_is_read_is_refused(
         size = os.fstat(file.fileno())
         with path.open("ab") as other:
             other.write(b"y" * 10)
-        monkeypatch.setattr(files.os, "fstat", lambda _: size)
+        monkeypatch.setattr("os.fstat", lambda _: size)
         return file
 
     open_regular = files.open_regular

@@ -25,7 +25,7 @@ pytest.importorskip("uvicorn", reason="the server's tests need the extra `serve`
 
 from lawcat_edge import cli  # noqa: E402
 from lawcat_edge.runtime import LawcatError, Model  # noqa: E402
-from lawcat_edge.runtime.generate.model import Request  # noqa: E402
+from lawcat_edge.runtime.generate.request import Request  # noqa: E402
 from lawcat_edge.runtime.generate.text import TokenTexts  # noqa: E402
 from lawcat_edge.runtime.server.app import Options, listen, serve  # noqa: E402
 from lawcat_edge.runtime.server.prefix_cache import StateCache  # noqa: E402

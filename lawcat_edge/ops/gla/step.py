@@ -1,4 +1,7 @@
-"""Normalised gated linear attention, recurrent: one token after another. This form is exported."""
+"""Normalised gated linear attention, recurrent: one token after another, as torch decodes.
+
+What is exported computes the same with onnxruntime's own operator (``export.operators``).
+"""
 
 from __future__ import annotations
 
