@@ -2,6 +2,8 @@
 PYTHON ?= python3
 # The CPU build is enough; any torch >= 2.9 will do.
 TORCH ?= torch==2.13.0
+# Processes that share the tests; each takes whole files, the slowest first.
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := lawcat_edge export runtime calibration tests benchmarks
@@ -22,7 +24,7 @@ demo: $(VENV)/.installed
 	$(BIN)/lawcat-edge demo
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check $(SOURCES)

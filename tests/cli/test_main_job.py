@@ -26,14 +26,8 @@ TEXT = (ROOT / "LICENSE").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
-def bundles(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("main")
-    for scheme in ("fp32", "int8"):
-        out = folder / scheme
-        assert (
-            run(["export", "smollm2", "--adapter", str(ADAPTER), "--scheme", scheme, "--out", str(out)]) == 0
-        )
-    return folder
+def bundles(published):
+    return {scheme: published(scheme) for scheme in ("fp32", "int8")}
 
 
 @pytest.fixture(scope="module")
@@ -56,14 +50,14 @@ def pieces_through(engine, ids, pieces):
 def test_onnx_gives_torchs_logits_over_512_tokens_in_uneven_pieces(bundles, student):
     import tokenizers
 
-    tokenizer = tokenizers.Tokenizer.from_file(str(bundles / "fp32" / "tokenizer.json"))
+    tokenizer = tokenizers.Tokenizer.from_file(str(bundles["fp32"] / "tokenizer.json"))
     ids = np.array(tokenizer.encode(TEXT).ids[:512], np.int64)
     with torch.inference_mode():
         reference = student(torch.from_numpy(ids)[None])[0][0].numpy()
     pieces = [1, 7, 64, 1, 100, 2, 256, 81]
-    fp32 = pieces_through(Engine(Bundle.open(bundles / "fp32")), ids, pieces)
+    fp32 = pieces_through(Engine(Bundle.open(bundles["fp32"])), ids, pieces)
     assert np.linalg.norm(fp32 - reference) / np.linalg.norm(reference) < 1e-4
-    int8 = pieces_through(Engine(Bundle.open(bundles / "int8")), ids, pieces)
+    int8 = pieces_through(Engine(Bundle.open(bundles["int8"])), ids, pieces)
     log = torch.from_numpy(reference).double().log_softmax(-1)
     other = torch.from_numpy(int8).double().log_softmax(-1)
     kl = float((log.exp() * (log - other)).sum(-1).mean())
@@ -72,7 +66,7 @@ def test_onnx_gives_torchs_logits_over_512_tokens_in_uneven_pieces(bundles, stud
 
 
 def test_the_bundle_verifies_answers_and_names_its_source(bundles, capfd):
-    bundle = str(bundles / "int8")
+    bundle = str(bundles["int8"])
     assert run(["verify", bundle, "--json"]) == 0
     assert json.loads(capfd.readouterr().out)["ok"]
     arguments = [
@@ -89,7 +83,7 @@ def test_the_bundle_verifies_answers_and_names_its_source(bundles, capfd):
     assert run([*arguments, "--temperature", "0", "--json"]) == 0
     assert json.loads(capfd.readouterr().out)["text"] == first["text"]
     assert len(first["text"].split()) >= 3
-    manifest = Bundle.open(bundles / "int8").manifest
+    manifest = Bundle.open(bundles["int8"]).manifest
     assert manifest.source["adapter_sha256"] == Adapter.load(ADAPTER).sha256
     assert manifest.source["teacher_sha256"] == resolve("smollm2").sha256
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from lawcat_edge.adapter import GENERAL, Adapter
-from lawcat_edge.cli import run
 from lawcat_edge.runtime import Model
 
 _spec = importlib.util.spec_from_file_location(
@@ -36,7 +36,7 @@ def test_loops_are_found_and_ordinary_text_has_none() -> None:
 
 @pytest.mark.slow
 def test_the_published_adapters_sampling_keeps_it_from_looping(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    published: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Questions that greedy decoding answers with a loop within 200 tokens."""
     questions = (
@@ -50,9 +50,7 @@ def test_the_published_adapters_sampling_keeps_it_from_looping(
     )
     asked = [q for q in sampling.QUESTIONS if any(words in q for words in questions)]
     monkeypatch.setattr(sampling, "QUESTIONS", asked)
-    out = tmp_path / "bundle"
-    assert run(["export", "smollm2", "--adapter", GENERAL, "--no-verify", "--out", str(out)]) == 0
-    model = Model.load(out)
+    model = Model.load(published("int8"))
     own = {name: value for name, value in asdict(model.sampling_defaults()).items() if name != "seed"}
     assert {name: own[name] for name in ("temperature", "min_p", "repetition_penalty")} == {
         name: Adapter.load(GENERAL).generation[name]

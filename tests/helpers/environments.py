@@ -6,17 +6,23 @@ Built with pip at first use and kept in pytest's cache folder. A version that ca
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 import venv
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from lawcat_edge.runtime.errors import LawcatError
+from lawcat_edge.runtime.files import FileLock
 
 ROOT = Path(__file__).resolve().parents[2]
 # All that the runner needs beside onnxruntime and numpy; pip adds nothing of its own to it.
@@ -30,8 +36,29 @@ def environment(config: pytest.Config, *packages: str) -> Path:
     name = "env-" + hashlib.sha256(wanted.encode()).hexdigest()[:16]
     place = Path(str(config.cache.mkdir("environments"))) / name
     python = place / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    if (place / "complete").exists():
-        return python
+    with its_turn(place):
+        if not (place / "complete").exists():
+            _build(place, python, packages)
+    return python
+
+
+@contextlib.contextmanager
+def its_turn(place: Path, seconds: float = 500.0) -> Iterator[None]:
+    """Of several processes that run tests, one at a time; the others wait."""
+    end = time.monotonic() + seconds
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(FileLock(place))
+                break
+            except LawcatError:
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.2)
+        yield
+
+
+def _build(place: Path, python: Path, packages: tuple[str, ...]) -> None:
     shutil.rmtree(place, ignore_errors=True)
     venv.create(place, with_pip=False, symlinks=os.name != "nt")
     command = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps"]
@@ -42,7 +69,6 @@ def environment(config: pytest.Config, *packages: str) -> Path:
         lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or ["pip failed"]
         pytest.skip(f"cannot install {' '.join(packages)}: {lines[-1]}")
     (place / "complete").touch()
-    return python
 
 
 def run(python: Path, script: str, *arguments: Path | str) -> Any:

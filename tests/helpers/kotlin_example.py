@@ -18,7 +18,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import tokenizers
-from environments import ROOT, environment
+from environments import ROOT, environment, its_turn
 
 SOURCES = Path(__file__).parent / "kotlin"
 COMPILER = "kotlin-jupyter-kernel==0.19.0.944"
@@ -43,20 +43,27 @@ def classpath(config: pytest.Config) -> list[str]:
     digest = hashlib.sha256(b"\0".join([example().encode(), *(path.read_bytes() for path in sources)]))
     assert config.cache is not None
     place = Path(str(config.cache.mkdir("kotlin"))) / digest.hexdigest()[:16]
-    if not place.is_dir():
-        building = place.with_name(f".{place.name}")
-        shutil.rmtree(building, ignore_errors=True)
-        building.mkdir()
-        (building / "Lawcat.kt").write_text(example(), encoding="utf-8")
-        tools = [*jars.glob("kotlin-*.jar"), *jars.glob("annotations-*.jar")]
-        subprocess.run(
-            ["java", "-XX:TieredStopAtLevel=1", "-cp", ":".join(map(str, tools)),
-             "org.jetbrains.kotlin.cli.jvm.K2JVMCompiler", "-no-stdlib", "-no-reflect", "-classpath", library,
-             "-d", building / "classes", building / "Lawcat.kt", *sources],
-            check=True, capture_output=True, timeout=400,
-        )  # fmt: skip
-        building.rename(place)
+    with its_turn(place):
+        if not place.is_dir():
+            _compile(place, jars, [library, *sources])
     return [str(place / "classes"), str(library)]
+
+
+def _compile(place: Path, jars: Path, given: list[Path]) -> None:
+    """given: the standard library, then the sources beside the example."""
+    library, *sources = given
+    building = place.with_name(f".{place.name}")
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir()
+    (building / "Lawcat.kt").write_text(example(), encoding="utf-8")
+    tools = [*jars.glob("kotlin-*.jar"), *jars.glob("annotations-*.jar")]
+    subprocess.run(
+        ["java", "-XX:TieredStopAtLevel=1", "-cp", ":".join(map(str, tools)),
+         "org.jetbrains.kotlin.cli.jvm.K2JVMCompiler", "-no-stdlib", "-no-reflect", "-classpath", library,
+         "-d", building / "classes", building / "Lawcat.kt", *sources],
+        check=True, capture_output=True, timeout=400,
+    )  # fmt: skip
+    building.rename(place)
 
 
 def converse(config: pytest.Config, bundle: Path, questions: list[str], most: int) -> tuple[list[str], int]:

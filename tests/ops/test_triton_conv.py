@@ -1,47 +1,22 @@
 """Triton's convolution with its feature map in the interpreter, against plain torch in float64."""
 
-import os
-import subprocess
-import sys
-
-if "triton" not in sys.modules:  # the interpreter is chosen when triton is imported
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-
 import pytest
 import torch
 
 pytest.importorskip("triton")
-from triton.runtime.interpreter import InterpretedFunction
+from triton_interpreter import assert_close, is_interpreted
 
 from lawcat_edge.ops.conv import conv_feature, next_buffer
 from lawcat_edge.ops.conv.naive import conv_feature_naive
 from lawcat_edge.ops.conv.triton import conv_feature_triton, forward_kernel
 from lawcat_edge.ops.gla import triton_kernels
 
-INTERPRETED = isinstance(forward_kernel, InterpretedFunction)
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own, below")
+pytestmark = pytest.mark.usefixtures("poisoned")
 RATIO = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 
 
-@pytest.mark.skipif(INTERPRETED, reason="this process interprets already")
-def test_this_file_in_a_process_that_interprets():
-    env = {**os.environ, "TRITON_INTERPRET": "1"}
-    run = subprocess.run([sys.executable, "-m", "pytest", __file__], env=env, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """Fresh memory holds NaN, so that an output left unwritten fails."""
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(torch.nan))
-    monkeypatch.setattr(torch, "empty_like", lambda x: torch.full(x.shape, torch.nan, dtype=x.dtype))
-
-
-def assert_close(name, ref, got, ratio):
-    assert got.shape == ref.shape, name
-    error = (got.double() - ref.double()).norm() / ref.double().norm().clamp_min(1e-30)
-    assert error < ratio, f"{name}: {error:.2e} is not below {ratio:.0e}"
+def test_the_kernels_run_in_the_interpreter():
+    assert is_interpreted(forward_kernel)
 
 
 def inputs(T, H=2, G=1, d=16, f=8, K=4, B=1, dtype=torch.float32):
@@ -65,43 +40,36 @@ def compare(args, ratio=None):
         assert_close(f"d{name}", r.grad, x.grad, bound)
 
 
-@interpreted
 @pytest.mark.parametrize("T", [1, 2, 3, 15, 16, 17, 63, 65, 130])
 def test_lengths(T):
     compare(inputs(T, B=2))
 
 
-@interpreted
 @pytest.mark.parametrize(("d", "f"), [(16, 16), (24, 20), (64, 32), (128, 64), (80, 40)])
 def test_widths(d, f):
     compare(inputs(19, d=d, f=f))
 
 
-@interpreted
 @pytest.mark.parametrize(("H", "G"), [(3, 3), (3, 1), (8, 1), (6, 2), (5, 5)])
 def test_heads_and_groups(H, G):
     compare(inputs(18, H=H, G=G))
 
 
-@interpreted
 @pytest.mark.parametrize("K", [2, 3, 5])
 def test_kernel_widths(K):
     compare(inputs(40, K=K))
 
 
-@interpreted
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_low_precision(dtype):
     compare(inputs(70, dtype=dtype))
 
 
-@interpreted
 def test_split_products(monkeypatch):
     monkeypatch.setattr(triton_kernels, "ROUND_SPLIT", True)
     compare(inputs(70, d=64, f=32), ratio=1e-4)  # the interpreter cuts bfloat16 off, a GPU rounds it
 
 
-@interpreted
 @pytest.mark.parametrize("scale", [100.0, -100.0])
 def test_large_logits_stay_finite(scale):
     x, taps, W, buffer = inputs(20)
@@ -109,7 +77,6 @@ def test_large_logits_stay_finite(scale):
     assert_close("phi", conv_feature_naive(*(a.double() for a in (x * scale, taps, W, buffer)))[0], phi, 1e-4)
 
 
-@interpreted
 def test_without_a_buffer_the_text_starts_here():
     x, taps, W, buffer = inputs(70)
     exact = [a.double().requires_grad_() for a in (x, taps, W)]
@@ -125,7 +92,6 @@ def test_without_a_buffer_the_text_starts_here():
         assert_close(f"d{name}", r.grad, m.grad, 2e-6)
 
 
-@interpreted
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_the_dispatcher_carries_the_buffer(backend):
     x, taps, W, buffer = inputs(10)

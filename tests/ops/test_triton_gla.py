@@ -1,19 +1,13 @@
 """Triton's kernels of the linear attention in its interpreter, against the quadratic reference in float64."""
 
-import os
-import subprocess
-import sys
 from typing import Any
-
-if "triton" not in sys.modules:  # the interpreter is chosen when triton is imported
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 pytest.importorskip("triton")
-from triton.runtime.interpreter import InterpretedFunction
+from triton_interpreter import assert_close, is_interpreted
 
 from lawcat_edge.ops.gla import normalised_gla, triton, triton_kernels
 from lawcat_edge.ops.gla.naive import gla_naive
@@ -21,36 +15,13 @@ from lawcat_edge.ops.gla.step import gla_step
 from lawcat_edge.ops.gla.triton import gla_step_triton, gla_triton, gla_triton_normalised
 from lawcat_edge.ops.gla.triton_kernels import step_kernel
 
-INTERPRETED = isinstance(step_kernel, InterpretedFunction)
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in a process of its own, below")
+pytestmark = pytest.mark.usefixtures("poisoned")
 RATIO = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 2e-2}
 OUTS, INS = ("n", "den", "S", "z"), ("q", "k", "v", "g", "S0", "z0")
 
 
-@pytest.mark.skipif(INTERPRETED, reason="this process interprets already")
-def test_this_file_in_a_process_that_interprets():
-    env = {**os.environ, "TRITON_INTERPRET": "1"}
-    run = subprocess.run([sys.executable, "-m", "pytest", __file__], env=env, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout
-
-
-def assert_close(name, ref, got, ratio):
-    """Root mean square error over the root mean square of the reference; a NaN is never below a ratio."""
-    assert got.shape == ref.shape, name
-    error = (got.double() - ref.double()).norm() / ref.double().norm().clamp_min(1e-30)
-    assert error < ratio, f"{name}: {error:.2e} is not below {ratio:.0e}"
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """Fresh memory holds NaN (or the largest int), so that an output left unwritten fails."""
-    empty = torch.empty
-
-    def fill(x):
-        return x.fill_(torch.nan if x.is_floating_point() else torch.iinfo(x.dtype).max)
-
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: fill(empty(*a, **k)))
-    monkeypatch.setattr(torch, "empty_like", lambda x: fill(empty(x.shape, dtype=x.dtype, device=x.device)))
+def test_the_kernels_run_in_the_interpreter():
+    assert is_interpreted(step_kernel)
 
 
 def inputs(T, H=2, G=1, width=16, d=16, gates="usual", dtype=torch.float32, B=1, state=True, seed=0):
@@ -93,25 +64,21 @@ def compare(args: Any, eps: Any = None, ratio=None, ratio_grad=None):
             assert_close(f"d{name}", r.grad, x.grad, ratio_grad or ratio)
 
 
-@interpreted
 @pytest.mark.parametrize("T", [1, 15, 16, 17, 63, 65, 130])
 def test_lengths(T):
     compare(inputs(T, state=T != 63))
 
 
-@interpreted
 @pytest.mark.parametrize(("width", "d"), [(16, 128), (24, 20), (64, 64), (128, 16), (96, 80)])
 def test_widths(width, d):
     compare(inputs(33, width=width, d=d))
 
 
-@interpreted
 @pytest.mark.parametrize(("H", "G"), [(3, 3), (3, 1), (5, 5), (8, 1), (6, 2)])
 def test_heads_and_groups(H, G):
     compare(inputs(18, H=H, G=G, B=2))
 
 
-@interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("T", [17, 65])
 def test_extreme_gates(T, dtype):
@@ -120,21 +87,18 @@ def test_extreme_gates(T, dtype):
     compare(args, ratio=max(RATIO[dtype], 2e-5), ratio_grad=max(RATIO[dtype], 1e-4))
 
 
-@interpreted
 @pytest.mark.parametrize("g", [0.0, -60 / 63, -1.0, -200.0])
 def test_gates_on_both_sides_of_the_mild_path(g):
     args = inputs(65, width=16)
     compare([*args[:3], torch.full_like(args[3], g), *args[4:]], ratio=2e-5, ratio_grad=1e-4)
 
 
-@interpreted
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_low_precision(dtype):
     compare(inputs(70, dtype=dtype))
     compare(inputs(70, dtype=dtype, seed=1), eps=1e-6)
 
 
-@interpreted
 @pytest.mark.parametrize("gates", ["usual", "extreme"])
 def test_split_products(monkeypatch, gates):
     monkeypatch.setattr(triton_kernels, "ROUND_SPLIT", True)
@@ -142,7 +106,6 @@ def test_split_products(monkeypatch, gates):
     compare(inputs(70, gates=gates, seed=1), eps=1e-3, ratio=1e-4, ratio_grad=3e-4)
 
 
-@interpreted
 @pytest.mark.parametrize("T", [1, 17, 130])
 def test_normalised(T):
     compare(inputs(T, H=3), eps=1e-3)
@@ -150,7 +113,6 @@ def test_normalised(T):
     compare(inputs(T, H=3, state=False), eps=1e-3, ratio_grad=2e-5)
 
 
-@interpreted
 @pytest.mark.parametrize("state", [True, False])
 @pytest.mark.parametrize("segments", [2, 3])
 def test_segments(monkeypatch, segments, state):
@@ -159,7 +121,6 @@ def test_segments(monkeypatch, segments, state):
     compare(inputs(150, H=2, state=state, dtype=torch.bfloat16), eps=1e-6)
 
 
-@interpreted
 def test_two_halves_make_a_whole():
     q, k, v, g, S0, z0 = inputs(100)
     whole = gla_triton(q, k, v, g, S0, z0)
@@ -169,7 +130,6 @@ def test_two_halves_make_a_whole():
     assert_close("S", whole[2], second[2], 1e-6)
 
 
-@interpreted
 @pytest.mark.parametrize("used", range(4))
 def test_the_gradient_of_one_output_alone(used):
     args = [x.requires_grad_() for x in inputs(20)]
@@ -181,7 +141,6 @@ def test_the_gradient_of_one_output_alone(used):
             assert_close(f"d{name} of {OUTS[used]}", r.grad, x.grad, 2e-6)
 
 
-@interpreted
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("H", "G", "width", "d"), [(3, 1, 16, 16), (4, 4, 40, 48)])
 def test_decoding_step(dtype, H, G, width, d):
@@ -198,7 +157,6 @@ def test_decoding_step(dtype, H, G, width, d):
         assert_close(name, r, o, RATIO[dtype])
 
 
-@interpreted
 def test_the_dispatcher_decodes_and_prefills_alike():
     q, k, v, g, S0, z0 = inputs(1)
     with torch.no_grad():
@@ -214,5 +172,4 @@ def test_agreement_with_fla_core():
     if not torch.cuda.is_available():
         pytest.skip("fla-core's chunk_gla runs on a GPU only; benchmarks/gpu_check.py compares there")
     pytest.importorskip("fla", reason="fla-core is not installed")
-    if INTERPRETED:
-        pytest.skip("this process interprets; run benchmarks/gpu_check.py")
+    pytest.skip("this process interprets; run benchmarks/gpu_check.py")

@@ -8,31 +8,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_bundle import V, build_tiny_bundle
+from tiny_bundle import V
 
 from lawcat_edge.runtime import LawcatError, Model
 from lawcat_edge.runtime.engine.state import State
 from lawcat_edge.runtime.generate.core import Core
 from lawcat_edge.runtime.generate.request import Request
 from lawcat_edge.runtime.generate.writer import Writer
-
-VARIANTS: dict[str, Any] = {
-    "plain": {},
-    "both": {"window": 2, "rope": True},
-    "hybrid": {"window": 3, "span": 9},
-    "sinks": {"window": 3, "span": 24, "sinks": 2},
-}
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
-    base = tmp_path_factory.mktemp("core")
-    folders = {name: build_tiny_bundle(base / name, **options) for name, options in VARIANTS.items()}
-    models = {name: Model.load(folder, threads=1, chunk=16) for name, folder in folders.items()}
-    # Tensors that alternate between two arrays, as in graphs whose operators do not write where they read.
-    models["apart"] = Model.load(folders["hybrid"], threads=1, chunk=16)
-    models["apart"].engine._in_place = [False] * len(models["apart"].engine._in_place)
-    return models
 
 
 def writer_of(model: Model, tokens: list[int], **options: Any) -> Writer:
@@ -72,13 +54,12 @@ SEQUENCES = st.lists(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("variant", [*VARIANTS, "apart"])
 @given(asked=SEQUENCES)
 @settings(deadline=None, max_examples=25)
 def test_sequences_that_come_and_go_get_what_each_gets_alone(
-    models: dict[str, Model], variant: str, asked: list[dict[str, Any]]
+    decoder: Model, asked: list[dict[str, Any]]
 ) -> None:
-    model = models[variant]
+    model = decoder
     core, writers = Core(model.engine, capacity=len(asked)), {}
     keys = ("max_new_tokens", "temperature", "seed", "repetition_penalty")
     now = 0
@@ -114,9 +95,9 @@ def test_sequences_that_come_and_go_get_what_each_gets_alone(
 
 
 def test_joining_and_leaving_copies_no_other_sequence(
-    models: dict[str, Model], monkeypatch: pytest.MonkeyPatch
+    decoders: dict[str, Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, copied = models["hybrid"], []
+    model, copied = decoders["hybrid"], []
     original = State._copy_row
 
     def copy(self: State, row: int, other: State, at: int) -> None:
@@ -155,9 +136,9 @@ def test_joining_and_leaving_copies_no_other_sequence(
 
 
 def test_one_sequence_that_fails_does_not_hurt_the_others(
-    models: dict[str, Model], monkeypatch: pytest.MonkeyPatch
+    decoders: dict[str, Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = models["both"]
+    model = decoders["both"]
     core = Core(model.engine, capacity=3)
     prompts = ([1, 2, 3], [4, 5], [6])
     writers = [writer_of(model, list(prompt), max_new_tokens=10) for prompt in prompts]
@@ -179,8 +160,8 @@ def test_one_sequence_that_fails_does_not_hurt_the_others(
         assert writers[i].generation.tokens == alone(model, list(prompts[i]), max_new_tokens=10)
 
 
-def test_an_insert_that_is_taken_back_leaves_no_trace(models: dict[str, Model]) -> None:
-    model = models["plain"]
+def test_an_insert_that_is_taken_back_leaves_no_trace(decoders: dict[str, Model]) -> None:
+    model = decoders["plain"]
     core = Core(model.engine, capacity=2)
     stays = writer_of(model, [1, 2, 3], max_new_tokens=6)
     goes = writer_of(model, [7] * 60, max_new_tokens=6)
@@ -198,8 +179,8 @@ def test_an_insert_that_is_taken_back_leaves_no_trace(models: dict[str, Model]) 
         core.insert(writer_of(model, []))
 
 
-def test_a_chunk_of_a_prompt_is_read_between_two_steps(models: dict[str, Model]) -> None:
-    model = models["plain"]
+def test_a_chunk_of_a_prompt_is_read_between_two_steps(decoders: dict[str, Model]) -> None:
+    model = decoders["plain"]
     core = Core(model.engine, capacity=3)
     short = writer_of(model, [1], max_new_tokens=100)
     core.insert(short)

@@ -17,24 +17,6 @@ from lawcat_edge.runtime.generate.core import Core
 from lawcat_edge.runtime.generate.draft import _AT_ONCE, _SHARE, Drafter, following
 from lawcat_edge.runtime.generate.request import Request
 
-VARIANTS: dict[str, Any] = {
-    "plain": {},
-    "both": {"window": 2, "rope": True},
-    "hybrid": {"window": 3, "span": 9},
-    "sinks": {"window": 3, "span": 24, "sinks": 2},
-}
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
-    base = tmp_path_factory.mktemp("speculate")
-    folders = {name: build_tiny_bundle(base / name, **options) for name, options in VARIANTS.items()}
-    models = {name: Model.load(folder, threads=1, chunk=16) for name, folder in folders.items()}
-    # Tensors that alternate between two arrays, as in graphs whose operators do not write where they read.
-    models["apart"] = Model.load(folders["hybrid"], threads=1, chunk=16)
-    models["apart"].engine._in_place = [False] * len(models["apart"].engine._in_place)
-    return models
-
 
 def eager(model: Model) -> Drafter:
     """Drafts whatever it finds, however much was in vain."""
@@ -46,7 +28,6 @@ def eager(model: Model) -> Drafter:
 PERIODS = st.lists(st.integers(0, V - 1), min_size=1, max_size=9)
 
 
-@pytest.mark.parametrize("variant", [*VARIANTS, "apart"])
 @given(
     start=PERIODS,
     period=PERIODS,
@@ -59,10 +40,10 @@ PERIODS = st.lists(st.integers(0, V - 1), min_size=1, max_size=9)
 )
 @settings(deadline=None, max_examples=40)
 def test_the_text_is_that_without_speculation(
-    models: dict[str, Model], variant: str, start: list[int], period: list[int], speculate: int, new: int,
+    decoder: Model, start: list[int], period: list[int], speculate: int, new: int,
     temperature: float, penalty: float, top_k: int, seed: int,
 ) -> None:  # fmt: skip
-    model, prompt = models[variant], start + 4 * period
+    model, prompt = decoder, start + 4 * period
     options: dict[str, Any] = {
         "max_new_tokens": new, "temperature": temperature, "seed": seed, "top_k": top_k,
         "repetition_penalty": penalty, "ignore_eos": True, "logprobs": 2,
@@ -85,13 +66,12 @@ def test_the_text_is_that_without_speculation(
     assert plain.tokens + rest == whole
 
 
-@pytest.mark.parametrize("variant", [*VARIANTS, "apart"])
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_drafts_are_kept_in_part_in_whole_and_not_at_all(
-    models: dict[str, Model], monkeypatch: pytest.MonkeyPatch, variant: str, temperature: float
+    decoder: Model, monkeypatch: pytest.MonkeyPatch, temperature: float
 ) -> None:
     """Drafts that are right up to a random place, so that every way through a trial is taken."""
-    model, seen = models[variant], set()
+    model, seen = decoder, set()
     options: dict[str, Any] = {
         "max_new_tokens": 60,
         "temperature": temperature,
@@ -118,8 +98,8 @@ def test_drafts_are_kept_in_part_in_whole_and_not_at_all(
     assert 0 < running.stats.accepted_tokens < running.stats.drafted_tokens
 
 
-def test_a_text_that_ends_within_a_draft_ends_there(models: dict[str, Model]) -> None:
-    model, prompt = models["plain"], [3, 1, 4, 1, 5] * 6
+def test_a_text_that_ends_within_a_draft_ends_there(decoders: dict[str, Model]) -> None:
+    model, prompt = decoders["plain"], [3, 1, 4, 1, 5] * 6
     free = model.generate(prompt, speculate=0, max_new_tokens=40, ignore_eos=True).result()
     before = model.eos
     for at in range(3, 30, 3):
@@ -141,8 +121,8 @@ def test_a_text_that_ends_within_a_draft_ends_there(models: dict[str, Model]) ->
     assert (stopped.text, stopped.stop_reason) == (free.text[: free.text.find(stop)], "stop")
 
 
-def test_a_sequence_that_is_joined_by_another_goes_on_without_drafts(models: dict[str, Model]) -> None:
-    model = models["hybrid"]
+def test_a_sequence_that_is_joined_by_another_goes_on_without_drafts(decoders: dict[str, Model]) -> None:
+    model = decoders["hybrid"]
     prompts = ([7, 8, 9] * 8, [1, 2])
     wanted = [
         model.generate(prompt, speculate=0, max_new_tokens=60, ignore_eos=True).result().tokens
@@ -214,10 +194,10 @@ def test_what_is_accepted_pays_for_more() -> None:
     assert drafter.propose(tokens, 1, 0) == []
 
 
-def test_speculation_out_of_range_is_refused(models: dict[str, Model]) -> None:
+def test_speculation_out_of_range_is_refused(decoders: dict[str, Model]) -> None:
     for wrong in (-1, 33, 1.5, True, None):
         with pytest.raises(LawcatError, match="speculate must be from 0"):
-            models["plain"].generate("x", speculate=wrong)
+            decoders["plain"].generate("x", speculate=wrong)
 
 
 def test_without_a_graph_of_all_positions_nothing_is_drafted(tmp_path: Path) -> None:
