@@ -27,7 +27,7 @@ class Span:
 
     @property
     def step(self) -> int:
-        """Rows that are forgotten at once, with sinks: moving the others costs time, seeing fewer costs memory.
+        """Rows that are forgotten at once, with sinks: moving the others costs time.
 
         A sixteenth, but for short spans enough that a prompt is not read in tiny pieces.
         """
