@@ -8,8 +8,10 @@ Prefill: one sequence, bfloat16, causal. ``gla`` is the linear attention alone; 
 convolution and feature map of q and of k, all that stands in for softmax attention after the projections.
 ``flash`` is PyTorch's FlashAttention-2 back end on the same heads, grouped heads as they are. ``fla`` is
 fla-core's chunk_gla, which is given v and g already repeated to every query head and computes the numerator
-alone. Each is captured in a CUDA graph, so that launches from Python do not count, and the second-level
-cache is overwritten between repeats; the figure is the median. Training is forward and backward as launched.
+alone, with one setting of every kernel instead of its search (``one_setting``). Each is captured in a CUDA
+graph, so that launches from Python do not count, and the second-level cache is overwritten between repeats;
+the figure is the median. Training is forward and backward as launched. ``profile`` (of ``--parts``) gives the
+time of every kernel of ``layer``.
 ``GB/s`` and ``TFLOP/s`` are of the counted minimum: inputs read and outputs written once; four products of
 width F or d and a chunk of 64. A wrong result stops the run before anything is timed. The last line is one
 JSON document. From a checkout, set PYTHONPATH=. or install it first (pip install -e .).
@@ -89,8 +91,26 @@ def torch_form(a: dict[str, torch.Tensor]) -> torch.Tensor:
     return n / (den[..., None] + EPS)
 
 
+def one_setting() -> None:
+    """Make kernels that are defined from now on with a search for settings keep one: four warps, the widest
+    blocks, the fewest stages.
+    """
+    from triton.runtime.autotuner import Autotuner
+
+    build = Autotuner.__init__
+
+    def keep_one(self: Any, *args: Any, **kwargs: Any) -> None:
+        build(self, *args, **kwargs)
+        self.configs = [
+            max(self.configs, key=lambda c: (c.num_warps == 4, sum(c.kwargs.values()), -c.num_stages))
+        ]
+
+    Autotuner.__init__ = keep_one  # type: ignore[method-assign]
+
+
 def fla_form() -> Any:
     """fla-core's function on our inputs, or the reason there is none."""
+    one_setting()
     try:
         from fla.ops.gla import chunk_gla
     except ImportError as e:
@@ -250,6 +270,28 @@ def training(
     return rows
 
 
+def profile(lengths: list[int]) -> list[dict[str, Any]]:
+    """Time of every kernel of ``layer``, with the cache overwritten before each of ten calls."""
+    rows: list[dict[str, Any]] = []
+    scrub = torch.empty(2**28, dtype=torch.uint8, device="cuda")
+    for T, (name, shape) in itertools.product(lengths, SHAPES.items()):
+        a = inputs(1, T, shape, torch.bfloat16, "cuda")
+        activities = [torch.profiler.ProfilerActivity.CUDA]
+        with torch.no_grad(), torch.profiler.profile(activities=activities) as profiler:
+            for _ in range(10):
+                scrub.zero_()
+                layer(a)
+            torch.cuda.synchronize()
+        times = {
+            event.key: event.device_time_total / 10
+            for event in profiler.key_averages()
+            if "kernel" in event.key and "at::" not in event.key
+        }
+        rows.append({"shape": name, "T": T, "us": times})
+        print(f"{name:14s} {T:7d} " + "  ".join(f"{k} {t:.1f}" for k, t in times.items()), flush=True)
+    return rows
+
+
 def decoding(clock: Clock, device: str, sequences: int) -> list[dict[str, Any]]:
     rows = []
     for name, shape in SHAPES.items():
@@ -288,7 +330,10 @@ def tune(clock: Clock, device: str) -> list[dict[str, Any]]:
         grid = itertools.product((32, 64), (4, 8), (4, 8), (2, 3))
         for chunk, first, second, stages in list(grid)[: 2 if small else None]:
             table.update(
-                {n: gla.Launch(chunk, w, stages) for n, w in zip(names, (first, second), strict=True)}
+                {
+                    n: gla.Launch(chunk, w, stages, 64, chunk, 32)
+                    for n, w in zip(names, (first, second), strict=True)
+                }
             )
             try:
                 row = {"kind": kind, "ms": clock(run, graph=False), **{n: list(table[n]) for n in names}}
@@ -339,7 +384,9 @@ def main() -> int:
     parser.add_argument("--shapes", default=",".join(SHAPES), help="which of them (%(default)s)")
     parser.add_argument("--lengths", default="", help="prefill lengths (default: 1K to 128K, doubling)")
     parser.add_argument("--forms", default="gla,layer,flash,fla,torch", help="of prefill (%(default)s)")
-    parser.add_argument("--parts", default="training,decoding,prefill", help="what to time (%(default)s)")
+    parser.add_argument(
+        "--parts", default="training,decoding,prefill", help="what to time, also: profile (%(default)s)"
+    )
     parser.add_argument("--tune", action="store_true", help="sweep chunk, warps and stages instead")
     parser.add_argument("--warm", help=argparse.SUPPRESS)  # build one shape's kernels and leave
     args = parser.parse_args()
@@ -387,6 +434,7 @@ def main() -> int:
     print("worst errors: " + "  ".join(f"{k} {e:.1e}" for k, e in errors.items()), flush=True)
     trained = training(clock, device, cases, deadline - 100) if "training" in parts else []
     decoded = decoding(clock, device, sequences) if "decoding" in parts else []
+    profiled = profile(lengths) if "profile" in parts else []
     timed = prefill(clock, device, lengths, args.forms.split(","), deadline) if "prefill" in parts else []
     fla = fla_form()
     result = {
@@ -396,6 +444,7 @@ def main() -> int:
         "fla": fla if isinstance(fla, str) else "fla-core",
         "errors": errors,
         "prefill": timed,
+        "profile": profiled,
         "training": trained,
         "decoding": decoded,
     }

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 pytest.importorskip("triton")
 from triton_interpreter import assert_close, is_interpreted
 
-from lawcat_edge.ops.gla import normalised_gla, triton, triton_kernels
+from lawcat_edge.ops.gla import normalised_gla, triton_kernels
 from lawcat_edge.ops.gla.naive import gla_naive
 from lawcat_edge.ops.gla.step import gla_step
 from lawcat_edge.ops.gla.triton import gla_step_triton, gla_triton, gla_triton_normalised
@@ -114,11 +114,16 @@ def test_normalised(T):
 
 
 @pytest.mark.parametrize("state", [True, False])
-@pytest.mark.parametrize("segments", [2, 3])
-def test_segments(monkeypatch, segments, state):
-    monkeypatch.setattr(triton, "SEGMENTS", segments)
+def test_many_chunks(state):
     compare(inputs(150, H=2, state=state))
     compare(inputs(150, H=2, state=state, dtype=torch.bfloat16), eps=1e-6)
+
+
+@pytest.mark.parametrize("gates", ["usual", "extreme"])
+@pytest.mark.parametrize("T", [60, 64, 65, 140])
+def test_wide_heads_in_bfloat16(T, gates):
+    """Chunks of 128 tokens, whose rows two programs share and whose keys each takes 32 at a time."""
+    compare(inputs(T, width=128, d=128, H=1, gates=gates, dtype=torch.bfloat16), eps=1e-6)
 
 
 def test_two_halves_make_a_whole():

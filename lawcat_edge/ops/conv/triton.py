@@ -2,15 +2,14 @@
 
     x'_t = sum_j taps[:, j] * x_{t-K+1+j}        phi(x') = [softmax(x' W), softmax(-x' W)]
 
-Taps scale channels and W mixes them, so x'_t W = sum_j x_{t-K+1+j} W_j with W_j = diag(taps[:, j]) W: one
-product of the last K tokens, side by side, with the W_j, one above the other. Everything is then done by the
-matrix units, backwards too: with dl the gradient of the logits,
+The forward sums the last K tokens, each times its taps, in registers and multiplies by W on the matrix units;
+it reads x and writes phi. Backwards, x'_t W is taken as sum_j x_{t-K+1+j} W_j with W_j = diag(taps[:, j]) W,
+so that all but the logits, formed again, is done by the matrix units: with dl the gradient of the logits,
 
     dW_j = sum_t x_{t-K+1+j}^T dl_t              dx_s = sum_j dl_{s+K-1-j} W_j^T
 
-and the gradients of taps and W follow from the sums dW_j. The forward reads x and writes phi; the backward
-recomputes the logits and writes dl; one kernel sums dW_j from it, another gathers it into x over taps and
-over the query heads of a key/value head.
+and the gradients of taps and W follow from the sums dW_j. One kernel writes dl, one sums dW_j from it,
+another gathers it into x over taps and over the query heads of a key/value head.
 
 Letters: B batch, T tokens, H heads, G heads of x (R = H/G), D head width, F half the feature width, K taps.
 """
@@ -31,79 +30,63 @@ from lawcat_edge.ops.gla.triton_kernels import interpreted, load_rows, mm, store
 
 
 class Tile(NamedTuple):
-    """Tokens a program handles at a time, its warps, and programs a multiprocessor is given."""
+    """Tokens a program handles at a time, its warps, programs a multiprocessor is given, pipeline stages."""
 
     rows: int
     warps: int
     programs: int
+    stages: int = 2
 
 
 # (widest head, products) -> kernel -> tile, so that tiles fit in 255 registers a thread.
 TILES: dict[tuple[int, str], dict[str, Tile]] = {
     (64, "bf16"): {
+        "forward": Tile(64, 4, 5),
+        "logits": Tile(64, 4, 4),
+        "W": Tile(64, 4, 4),
+        "x": Tile(64, 4, 4, 1),
+    },
+    (64, "split"): {
         "forward": Tile(64, 4, 4),
         "logits": Tile(64, 4, 4),
         "W": Tile(64, 4, 4),
-        "x": Tile(64, 4, 4),
-    },
-    (64, "split"): {
-        "forward": Tile(32, 4, 4),
-        "logits": Tile(32, 4, 4),
-        "W": Tile(64, 4, 4),
-        "x": Tile(32, 4, 4),
+        "x": Tile(32, 4, 4, 1),
     },
     (128, "bf16"): {
-        "forward": Tile(64, 8, 2),
-        "logits": Tile(32, 8, 2),
+        "forward": Tile(64, 4, 4),
+        "logits": Tile(64, 8, 2),
         "W": Tile(64, 8, 4),
-        "x": Tile(32, 8, 2),
+        "x": Tile(32, 8, 2, 1),
     },
     (128, "split"): {
-        "forward": Tile(16, 8, 2),
-        "logits": Tile(16, 8, 2),
+        "forward": Tile(64, 8, 2, 1),
+        "logits": Tile(64, 8, 2, 1),
         "W": Tile(32, 8, 4),
-        "x": Tile(16, 8, 2),
+        "x": Tile(16, 8, 2, 1),
     },
 }
 
 
 @triton.jit
-def load_last(
-    p_x, p_past, i_b, i_h, t0, o_r, T, H: tl.constexpr, R: tl.constexpr, D: tl.constexpr, K: tl.constexpr,
-    BD: tl.constexpr, BT: tl.constexpr, HAS_PAST: tl.constexpr,
+def convolved(
+    p_x, p_taps, p_past, i_b, i_h, t0, o_r, o_d, T, H: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
+    K: tl.constexpr, HAS_PAST: tl.constexpr,
 ):  # fmt: skip
-    """[ROWS, BT*BD]: column j BD + d of row r is x_{t-K+1+j} in channel d, t = t0 + o_r. Before the text come
-    past [B,K-1,H*D], or zeros; columns of no tap or channel are zero.
-    """
-    o_c = tl.arange(0, BT * BD)
-    j, d = o_c // BD, o_c % BD
-    row = o_r[:, None] + (j - (K - 1))[None, :]
-    t = t0 + row
-    m_c = ((j < K) & (d < D))[None, :]
+    """x' [len(o_r),len(o_d)] of head i_h at t0 + o_r. Before the text come past [B,K-1,H*D], or zeros."""
     G: tl.constexpr = H // R
-    p = p_x + ((i_b * T + t0) * G + i_h // R) * D
-    x = tl.load(p + row * (G * D) + d[None, :], mask=(t >= 0) & (t < T) & m_c, other=0.0)
-    if HAS_PAST:  # noqa: SIM102 (this one is decided when the kernel is built)
-        if t0 < K:
-            p = p_past + (i_b * (K - 1) * H + i_h) * D
-            m_t = (t < 0) & (t > -K)
-            x += tl.load(p + (t + (K - 1)) * (H * D) + d[None, :], mask=m_t & m_c, other=0.0)
-    return x.to(tl.float32)
-
-
-@triton.jit
-def load_scaled(
-    p_W, p_taps, i_h, D: tl.constexpr, F: tl.constexpr, K: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr,
-    BT: tl.constexpr,
-):  # fmt: skip
-    """[BT*BD, BF]: row j BD + d is taps[d, j] W[d], the W_j one above the other."""
-    o_c, o_f = tl.arange(0, BT * BD), tl.arange(0, BF)
-    j, d = o_c // BD, o_c % BD
-    m_c = (j < K) & (d < D)
-    taps = tl.load(p_taps + (i_h * D + d) * K + j, mask=m_c, other=0.0).to(tl.float32)
-    m_W = m_c[:, None] & (o_f < F)[None, :]
-    W = tl.load(p_W + (i_h * D + d[:, None]) * F + o_f[None, :], mask=m_W, other=0.0).to(tl.float32)
-    return taps[:, None] * W
+    y = tl.zeros([o_r.shape[0], o_d.shape[0]], tl.float32)
+    for j in tl.static_range(0, K):
+        shift = j - (K - 1)
+        t = t0 + o_r + shift
+        p = p_x + ((i_b * T + t0 + shift) * G + i_h // R) * D
+        x = load_rows(p, o_r, (t >= 0) & (t < T), G * D, o_d, D)
+        if HAS_PAST:  # noqa: SIM102 (this one is decided when the kernel is built)
+            if t0 < K:
+                p = p_past + (i_b * (K - 1) * H + i_h) * D
+                x += load_rows(p, t + (K - 1), (t < 0) & (t > -K), H * D, o_d, D)
+        tap = tl.load(p_taps + (i_h * D + o_d) * K + j, mask=o_d < D, other=0.0).to(tl.float32)
+        y += x * tap[None, :]
+    return y
 
 
 @triton.jit
@@ -117,16 +100,16 @@ def softmax_rows(logits, m_f):
 def forward_kernel(
     p_x, p_taps, p_W, p_past, p_phi, T, NT, tiles, share, H: tl.constexpr, R: tl.constexpr, D: tl.constexpr,
     F: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr,
-    BT: tl.constexpr, HAS_PAST: tl.constexpr, MODE: tl.constexpr,
+    HAS_PAST: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
     """phi [B,T,H,2F] over `share` tiles of one head."""
     i_h, i_n = tl.program_id(0), tl.program_id(1)
-    o_f, o_r = tl.arange(0, BF), tl.arange(0, ROWS)
-    b_W = load_scaled(p_W, p_taps, i_h, D, F, K, BD, BF, BT)
+    o_d, o_f, o_r = tl.arange(0, BD), tl.arange(0, BF), tl.arange(0, ROWS)
+    b_W = load_rows(p_W + i_h * D * F, o_d, o_d < D, F, o_f, F)
     for i in range(i_n * share, tl.minimum(i_n * share + share, tiles)):
         i_b = (i // NT).to(tl.int64)
         t0 = i % NT * ROWS
-        b_x = load_last(p_x, p_past, i_b, i_h, t0, o_r, T, H, R, D, K, BD, BT, HAS_PAST)
+        b_x = convolved(p_x, p_taps, p_past, i_b, i_h, t0, o_r, o_d, T, H, R, D, K, HAS_PAST)
         logits = mm(b_x, b_W, MODE)
         p = p_phi + ((i_b * T + t0) * H + i_h) * 2 * F
         store_rows(p, softmax_rows(logits, o_f < F), o_r, t0 + o_r < T, H * 2 * F, o_f, F)
@@ -137,17 +120,17 @@ def forward_kernel(
 def logits_grad_kernel(
     p_x, p_taps, p_W, p_past, p_dphi, p_dl, T, NT, tiles, share, H: tl.constexpr, R: tl.constexpr,
     D: tl.constexpr, F: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, BD: tl.constexpr,
-    BF: tl.constexpr, BT: tl.constexpr, HAS_PAST: tl.constexpr, MODE: tl.constexpr,
+    BF: tl.constexpr, HAS_PAST: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
     """dl [B,T,H,F] over `share` tiles of one head."""
     i_h, i_n = tl.program_id(0), tl.program_id(1)
-    o_f, o_r = tl.arange(0, BF), tl.arange(0, ROWS)
-    b_W = load_scaled(p_W, p_taps, i_h, D, F, K, BD, BF, BT)
+    o_d, o_f, o_r = tl.arange(0, BD), tl.arange(0, BF), tl.arange(0, ROWS)
+    b_W = load_rows(p_W + i_h * D * F, o_d, o_d < D, F, o_f, F)
     for i in range(i_n * share, tl.minimum(i_n * share + share, tiles)):
         i_b = (i // NT).to(tl.int64)
         t0 = i % NT * ROWS
         m_r = t0 + o_r < T
-        b_x = load_last(p_x, p_past, i_b, i_h, t0, o_r, T, H, R, D, K, BD, BT, HAS_PAST)
+        b_x = convolved(p_x, p_taps, p_past, i_b, i_h, t0, o_r, o_d, T, H, R, D, K, HAS_PAST)
         logits = mm(b_x, b_W, MODE)
         plus, minus = softmax_rows(logits, o_f < F), softmax_rows(-logits, o_f < F)
         p = p_dphi + ((i_b * T + t0) * H + i_h) * 2 * F
@@ -282,8 +265,8 @@ class _ConvFeature(torch.autograd.Function):
         with torch.cuda.device_of(x):
             forward_kernel[(H, s.n)](
                 x, taps, W, x if past is None else past, phi, *s.sizes(T), H, H // G, D, F, K, s.tile.rows,
-                _block(D), _block(F), triton.next_power_of_2(K), past is not None, ctx.mode,
-                num_warps=s.tile.warps, num_stages=2,
+                _block(D), _block(F), past is not None, ctx.mode,
+                num_warps=s.tile.warps, num_stages=s.tile.stages,
             )  # fmt: skip
         ctx.save_for_backward(x, taps, W, past)
         ctx.buffer_dtype = None if buffer is None else buffer.dtype
@@ -296,7 +279,7 @@ class _ConvFeature(torch.autograd.Function):
         B, T, G, D = x.shape
         H, _, F = W.shape
         K = taps.shape[1]
-        blocks = (_block(D), _block(F), triton.next_power_of_2(K))
+        blocks = (_block(D), _block(F))
         s = _Shares.of("logits", x, D, H)
         dl = torch.empty(B, T, H, F, dtype=x.dtype, device=x.device)
         dx = torch.empty_like(x)
@@ -304,18 +287,18 @@ class _ConvFeature(torch.autograd.Function):
         with torch.cuda.device_of(x):
             logits_grad_kernel[(H, s.n)](
                 x, taps, W, before, dphi.contiguous(), dl, *s.sizes(T), H, H // G, D, F, K, s.tile.rows,
-                *blocks, past is not None, ctx.mode, num_warps=s.tile.warps, num_stages=2,
+                *blocks, past is not None, ctx.mode, num_warps=s.tile.warps, num_stages=s.tile.stages,
             )  # fmt: skip
             s = _Shares.of("W", x, D, H * K)
             parts = torch.empty(s.n, H, K, D, F, dtype=torch.float32, device=x.device)
             weight_grad_kernel[(H, s.n, K)](
-                x, before, dl, parts, *s.sizes(T), H, H // G, D, F, K, s.tile.rows, *blocks[:2],
-                past is not None, ctx.mode, num_warps=s.tile.warps, num_stages=2,
+                x, before, dl, parts, *s.sizes(T), H, H // G, D, F, K, s.tile.rows, *blocks,
+                past is not None, ctx.mode, num_warps=s.tile.warps, num_stages=s.tile.stages,
             )  # fmt: skip
             s = _Shares.of("x", x, D, G)
             input_grad_kernel[(G, s.n)](
-                dl, taps, W, dx, *s.sizes(T), G, H // G, D, F, K, s.tile.rows, *blocks, ctx.mode,
-                num_warps=s.tile.warps, num_stages=1,
+                dl, taps, W, dx, *s.sizes(T), G, H // G, D, F, K, s.tile.rows, *blocks,
+                triton.next_power_of_2(K), ctx.mode, num_warps=s.tile.warps, num_stages=s.tile.stages,
             )  # fmt: skip
         sums = parts.sum(0)  # dW_j [H,K,D,F]
         dtaps = torch.einsum("hkdf,hdf->hdk", sums, W.float()).flatten(0, 1)

@@ -1,13 +1,12 @@
 """Normalised gated linear attention on Triton: launches and gradients. The mathematics is with the kernels.
 
-What a forward pass launches: chunk sums of the gate; where the sequence is cut into segments, their own
-updates and a scan over them; the outputs. A backward pass: chunk sums, the state before every chunk, the
-same walk backwards for the state's gradient, then dq, then dk, dv and dg.
+What a forward pass launches: what every chunk adds to the state; a scan over the chunks; the outputs. A
+backward pass: the first two again, the same two backwards for the state's gradient, then dq, then dk, dv and
+dg.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +17,6 @@ from torch.autograd.function import once_differentiable
 from lawcat_edge.ops.backend import check_triton
 from lawcat_edge.ops.gla.triton_backward import delta_kernel, dkv_kernel, dq_kernel
 from lawcat_edge.ops.gla.triton_kernels import (
-    cumsum_kernel,
     interpreted,
     output_kernel,
     scan_kernel,
@@ -26,15 +24,19 @@ from lawcat_edge.ops.gla.triton_kernels import (
     step_kernel,
 )
 
-SEGMENTS: int | None = None  # set by tests, to cut a sequence where the machine would not
-
 
 class Launch(NamedTuple):
-    """Tokens a chunk, and warps and pipeline stages of a kernel."""
+    """Tokens a chunk, warps and pipeline stages of a kernel; columns of the value that a program takes and,
+    for outputs, its rows and how many keys at a time; a limit to registers, where that lets more programs in.
+    """
 
     chunk: int
     warps: int
     stages: int
+    columns: int = 128
+    rows: int = 64
+    keys: int = 64
+    registers: int | None = None
 
 
 # Chosen so that tiles fit in 255 registers a thread; (widest of F and d, products) -> kernel -> launch.
@@ -42,31 +44,31 @@ class Launch(NamedTuple):
 # "dkv".
 LAUNCHES: dict[tuple[int, str], dict[str, Launch]] = {
     (64, "bf16"): {
-        "states": Launch(64, 4, 2),
-        "output": Launch(64, 4, 2),
+        "states": Launch(64, 4, 1, 64),
+        "output": Launch(64, 4, 1, 64, keys=32),
         "dq": Launch(64, 4, 2),
         "dkv": Launch(64, 8, 2),
     },
     (64, "split"): {
-        "states": Launch(32, 4, 2),
-        "output": Launch(32, 4, 2),
+        "states": Launch(32, 4, 2, 64),
+        "output": Launch(32, 4, 1, 64, rows=32, keys=32),
         "dq": Launch(32, 4, 2),
         "dkv": Launch(32, 8, 2),
     },
     (128, "bf16"): {
-        "states": Launch(32, 8, 2),
-        "output": Launch(32, 8, 2),
+        "states": Launch(128, 8, 2),
+        "output": Launch(128, 4, 1, keys=32, registers=168),
         "dq": Launch(32, 8, 2),
         "dkv": Launch(32, 8, 2),
     },
     (128, "split"): {
-        "states": Launch(32, 8, 2),
-        "output": Launch(32, 8, 2),
+        "states": Launch(32, 8, 2, 64),
+        "output": Launch(32, 8, 1, 64, rows=32, keys=32),
         "dq": Launch(32, 8, 2),
         "dkv": Launch(32, 8, 2),
     },
 }
-COARSEST = 64  # segments are whole chunks of every size
+SCAN = {"BR": 8, "STAGES": 8, "UNROLL": 1, "num_warps": 4}  # rows of the state a program carries
 
 
 @torch.compiler.disable
@@ -147,27 +149,6 @@ def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor, S0: Tensor | None, z0: Te
     return _Dims(B, T, H, G, F, D)
 
 
-class _Plan(NamedTuple):
-    """Segments of so many tokens, P of them; how products are formed; the launch of each kernel."""
-
-    segment: int
-    P: int
-    mode: str
-    launches: dict[str, Launch]
-
-    @classmethod
-    def of(cls, q: Tensor, k: Tensor, v: Tensor, dims: _Dims) -> _Plan:
-        whole = triton.cdiv(dims.T, COARSEST)
-        # a few programs for every multiprocessor, or the whole sequence in one
-        wanted = SEGMENTS or triton.cdiv(4 * _processors(q.device), dims.B * dims.H)
-        segment = COARSEST * triton.cdiv(whole, min(whole, wanted))
-        mode = products(q, k, v)
-        launches = LAUNCHES[(64 if max(dims.F, dims.D) <= 64 else 128, mode)]
-        if not q.is_cuda:
-            mode = interpreted(mode)
-        return cls(segment, triton.cdiv(dims.T, segment), mode, launches)
-
-
 def products(*operands: Tensor) -> str:
     """How a kernel forms products of these: ``bf16`` operands, or each ``split`` into two."""
     low = all(x.dtype == torch.bfloat16 for x in operands)
@@ -177,81 +158,67 @@ def products(*operands: Tensor) -> str:
     return "bf16" if low or medium else "split"
 
 
-@functools.cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
 def _block(width: int) -> int:
     return max(16, triton.next_power_of_2(width))
 
 
 class _Run(NamedTuple):
-    """The sums b [B,T,G,F] over chunks of one size, which of the B*G*N chunks are mild, and the walks."""
+    """The chunks of one pass: N of so many tokens; the running sums b [B,T,G,F] of the gate in each, and
+    which of the B*G*N are mild; how products are formed and kernels launched.
+    """
 
     b: Tensor
     mild: Tensor
     chunk: int
     N: int
     dims: _Dims
-    plan: _Plan
+    mode: str
+    launches: dict[str, Launch]
 
     @classmethod
-    def of(cls, g: Tensor, chunk: int, dims: _Dims, plan: _Plan) -> _Run:
+    def of(cls, dims: _Dims, kernel: str, mode: str, device: torch.device) -> _Run:
+        """Room for a pass with the chunk of this kernel. ``states`` of k and v fill b and mild."""
+        launches = LAUNCHES[(64 if max(dims.F, dims.D) <= 64 else 128, mode)]
+        chunk = launches[kernel].chunk
         N = triton.cdiv(dims.T, chunk)
-        b = torch.empty(g.shape, dtype=torch.float32, device=g.device)
-        mild = torch.empty(dims.B * dims.G * N, dtype=torch.int32, device=g.device)
-        cumsum_kernel[(dims.B * dims.G * N,)](g, b, mild, dims.T, N, dims.G, dims.F, chunk, _block(dims.F))
-        return cls(b, mild, chunk, N, dims, plan)
+        b = torch.empty(dims.B, dims.T, dims.G, dims.F, dtype=torch.float32, device=device)
+        mild = torch.empty(dims.B * dims.G * N, dtype=torch.int32, device=device)
+        mode = mode if device.type == "cuda" else interpreted(mode)
+        return cls(b, mild, chunk, N, dims, mode, launches)
 
-    def states(self, n: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-        """Room for n states a head: S [B,H,n,F,d], z [B,H,n,F]."""
-        B, _, H, _, F, D = self.dims
-        S = torch.empty(B, H, n, F, D, dtype=dtype, device=self.b.device)
-        return S, torch.empty(B, H, n, F, dtype=torch.float32, device=self.b.device)
-
-    def walk(
-        self, x: Tensor, y: Tensor, weight: Tensor | None, scale: Tensor | None,
-        starts: tuple[Tensor, Tensor] | None, out: tuple[Tensor, Tensor], last: tuple[Tensor, Tensor],
-    ) -> None:  # fmt: skip
-        """states_kernel: from the segments' starts to every chunk's state, `out`, and after all, `last`."""
-        self._launch(x, y, weight, scale, starts, out, last, True)
-
-    def segment_starts(
+    def states(
         self,
         x: Tensor,
         y: Tensor,
-        weight: Tensor | None,
-        scale: Tensor | None,
         initial: tuple[Tensor, Tensor] | None,
-    ) -> tuple[Tensor, Tensor] | None:
-        """The state every segment starts from, S [B,H,P,F,d] and z [B,H,P,F]; None where that is zero."""
-        P = self.plan.P
-        if P == 1:
-            return initial
-        B, _, H, _, F, D = self.dims
-        S, z = self.states(P)
-        decay = torch.empty_like(z)
-        self._launch(x, y, weight, scale, None, (S, z), (decay, decay), False)
-        BR = 16
-        scan_kernel[(B * H, triton.cdiv(F, BR))](
-            S, z, decay, *(initial or (S, z)), P, F, D, BR, _block(D), weight is not None, initial is not None
-        )
-        return S, z
+        g: Tensor | None = None,
+        weight: Tensor | None = None,
+        scale: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """State before every chunk, S [B,H,N,F,d] and z [B,H,N,F], and after all, [B,H,F,d] and [B,H,F].
 
-    def _launch(
-        self, x: Tensor, y: Tensor, weight: Tensor | None, scale: Tensor | None,
-        starts: tuple[Tensor, Tensor] | None, out: tuple[Tensor, Tensor],
-        last: tuple[Tensor, Tensor], each: bool,
-    ) -> None:  # fmt: skip
+        With g, forwards from k and v; with weight, backwards from q and dn (see states_kernel). The carry is
+        float32; its copies at the chunks are operands, and S is in the operands' type.
+        """
         B, T, H, G, F, D = self.dims
-        BV, launch = min(64, _block(D)), self.plan.launches["states"]
-        states_kernel[(B * H * self.plan.P, triton.cdiv(D, BV))](
-            x, y, x if weight is None else weight, x if scale is None else scale, self.b, *(starts or out),
-            *out, last[1], *last, T, self.N, self.plan.segment // self.chunk, self.plan.P, H, H // G, F, D,
-            self.chunk, _block(F), BV, weight is not None, each, starts is not None,
-            scale is not None, self.plan.mode, num_warps=launch.warps, num_stages=launch.stages,
+        operand = torch.bfloat16 if "bf16" in self.mode else torch.float32
+        S = torch.empty(B, H, self.N, F, D, dtype=operand, device=x.device)
+        z = torch.empty(B, H, self.N, F, dtype=torch.float32, device=x.device)
+        S_end = torch.empty(B, H, F, D, dtype=torch.float32, device=x.device)
+        z_end = torch.empty(B, H, F, dtype=torch.float32, device=x.device)
+        launch, reverse = self.launches["states"], g is None
+        BV = min(_block(D), launch.columns)
+        states_kernel[(B * G * self.N, triton.cdiv(D, BV))](
+            x, y, x if weight is None else weight, x if scale is None else scale, self.b if g is None else g,
+            self.b, self.mild, S, z, T, self.N, G, H // G, F, D, self.chunk, _block(F), BV, reverse,
+            scale is not None, self.mode, num_warps=launch.warps, num_stages=launch.stages,
+            maxnreg=launch.registers,
         )  # fmt: skip
+        scan_kernel[(B * H, triton.cdiv(F, SCAN["BR"]))](
+            S, z, self.b, *(initial or (S, z)), S_end, z_end, T, self.N, H, H // G, F, D, self.chunk,
+            BV=_block(D), REVERSE=reverse, HAS_INIT=initial is not None, **SCAN,
+        )  # fmt: skip
+        return S, z, S_end, z_end
 
 
 class _Gla(torch.autograd.Function):
@@ -268,30 +235,29 @@ class _Gla(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         dims = _check(q, k, v, g, S0, z0)
         B, T, H, G, F, D = dims
-        plan = _Plan.of(q, k, v, dims)
+        mode = products(q, k, v)
         q, k, v, g = (x.contiguous() for x in (q, k, v, g))
         initial = None if S0 is None or z0 is None else (S0.float().contiguous(), z0.float().contiguous())
         n = torch.empty(B, T, H, D, dtype=q.dtype, device=q.device)
         den = torch.empty(B, T, H, dtype=q.dtype if eps is None else torch.float32, device=q.device)
-        S = torch.empty(B, H, F, D, dtype=torch.float32, device=q.device)
-        z = torch.empty(B, H, F, dtype=torch.float32, device=q.device)
         with torch.cuda.device_of(q):
-            launch = plan.launches["output"]
-            run = _Run.of(g, launch.chunk, dims, plan)
-            starts = run.segment_starts(k, v, None, None, initial)
-            # split products need registers for two operands: half the columns at a time, the scores twice
+            run = _Run.of(dims, "output", mode, q.device)
+            launch = run.launches["output"]
+            before, z_before, S, z = run.states(k, v, initial, g)
             # never below 64 with bfloat16 operands: narrower, triton 3.6 gave wrong numerators (LOG.md)
-            BV = min(max(_block(D), 64), 128) if "bf16" in plan.mode else min(_block(D), 64)
-            output_kernel[(B * H * plan.P, triton.cdiv(D, BV))](
-                q, k, v, run.b, run.mild, *(starts or (S, z)), n, den, S, z, T, run.N,
-                plan.segment // run.chunk, plan.P, eps or 0.0, H, H // G, F, D, run.chunk, _block(F), BV,
-                starts is not None, eps is not None, plan.mode,
-                num_warps=launch.warps, num_stages=launch.stages,
-            )  # fmt: skip
-        ctx.dims, ctx.plan, ctx.eps = dims, plan, eps
+            BV = min(max(_block(D), 64 if mode == "bf16" else 16), launch.columns)
+            for safe in (False, True):
+                rows, keys = (run.chunk, run.chunk) if safe else (launch.rows, launch.keys)
+                output_kernel[(B * H * run.N * (run.chunk // rows), triton.cdiv(D, BV))](
+                    q, k, v, run.b, run.mild, before, z_before, n, den, T, run.N, eps or 0.0, H, H // G, F, D,
+                    run.chunk, rows, keys, _block(F), BV, eps is not None, safe, run.mode,
+                    num_warps=8 if safe else launch.warps, num_stages=launch.stages,
+                    maxnreg=None if safe else launch.registers,
+                )  # fmt: skip
+        ctx.dims, ctx.mode, ctx.eps = dims, mode, eps
         ctx.initial_dtypes = None if S0 is None or z0 is None else (S0.dtype, z0.dtype)
         ctx.save_for_backward(
-            q, k, v, g, *(starts or (None, None)), *((n, den) if eps is not None else (None, None))
+            q, k, v, g, *(initial or (None, None)), *((n, den) if eps is not None else (None, None))
         )
         ctx.set_materialize_grads(False)
         return (n, den, S, z) if eps is None else (n, S, z)
@@ -299,8 +265,8 @@ class _Gla(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, g, S_start, z_start, y, den = ctx.saved_tensors
-        dims, plan = ctx.dims, ctx.plan
+        q, k, v, g, S0, z0, y, den = ctx.saved_tensors
+        dims = ctx.dims
         B, T, H, G, F, D = dims
         dn, dS, dz = grads[0], grads[-2], grads[-1]
         dn = q.new_zeros(B, T, H, D) if dn is None else dn.contiguous()
@@ -311,6 +277,7 @@ class _Gla(torch.autograd.Function):
             final = (dS, dz)
         dq, dk, dv, dg = (torch.empty_like(x) for x in (q, k, v, g))
         with torch.cuda.device_of(q):
+            run = _Run.of(dims, "dq", ctx.mode, q.device)
             scale = None
             if ctx.eps is None:
                 dden = q.new_zeros(B, T, H) if grads[1] is None else grads[1].contiguous()
@@ -318,29 +285,23 @@ class _Gla(torch.autograd.Function):
                 scale, dden = torch.empty_like(den), torch.empty_like(den)
                 rows, BR = B * T * H, 32
                 delta_kernel[(triton.cdiv(rows, BR),)](
-                    dn, y, den, scale, dden, rows, ctx.eps, D, BR, _block(D), plan.mode
+                    dn, y, den, scale, dden, rows, ctx.eps, D, BR, _block(D), run.mode
                 )
-            run = _Run.of(g, plan.launches["dq"].chunk, dims, plan)
-            # The carry stays float32; its copies at the chunks are operands, and take the operands' type.
-            copy = torch.bfloat16 if "bf16" in plan.mode else torch.float32
-            before, after, initial = run.states(run.N, copy), run.states(run.N, copy), run.states(1)
-            run.walk(k, v, None, None, None if S_start is None else (S_start, z_start), before, run.states(1))
-            ends = run.segment_starts(q, dn, dden, scale, final)
-            run.walk(q, dn, dden, scale, ends, after, initial)
+            before = run.states(k, v, None if S0 is None else (S0, z0), g)[:2]
+            *after, dS0, dz0 = run.states(q, dn, final, weight=dden, scale=scale)
             qdq = torch.empty(B, T, G, F, dtype=torch.float32, device=q.device)
             common = (G, H // G, F, D, run.chunk, _block(F), _block(D), scale is not None)
             factor = q if scale is None else scale
             for safe in (False, True):
                 dq_kernel[(B * G * run.N,)](
                     q, k, v, run.b, run.mild, *before, dn, dden, factor, dq, qdq, T, run.N, *common, safe,
-                    plan.mode, num_warps=plan.launches["dq"].warps, num_stages=plan.launches["dq"].stages,
+                    run.mode, num_warps=run.launches["dq"].warps, num_stages=run.launches["dq"].stages,
                 )  # fmt: skip
                 dkv_kernel[(B * G * run.N,)](
                     q, k, v, run.b, run.mild, *before, *after, dn, dden, factor, qdq, dk, dv, dg, T, run.N,
-                    *common, safe, plan.mode,
-                    num_warps=plan.launches["dkv"].warps, num_stages=plan.launches["dkv"].stages,
+                    *common, safe, run.mode,
+                    num_warps=run.launches["dkv"].warps, num_stages=run.launches["dkv"].stages,
                 )  # fmt: skip
         if ctx.initial_dtypes is None:
             return dq, dk, dv, dg, None, None, None
-        dS0, dz0 = (x[:, :, 0].to(dtype) for x, dtype in zip(initial, ctx.initial_dtypes, strict=True))
-        return dq, dk, dv, dg, dS0, dz0, None
+        return dq, dk, dv, dg, dS0.to(ctx.initial_dtypes[0]), dz0.to(ctx.initial_dtypes[1]), None

@@ -1,12 +1,13 @@
-"""Triton kernels of normalised gated linear attention: chunk sums, states, outputs, one decoding step.
+"""Triton kernels of normalised gated linear attention: chunk states, their scan, outputs, one decoding step.
 
     S_t = exp(g_t) * S_{t-1} + k_t (x) v_t        z_t = exp(g_t) * z_{t-1} + k_t
     n_t = q_t^T S_t                               den_t = q_t . z_t
 
-The sequence is cut into chunks of C tokens and the chunks into P segments. One program walks a segment with
-the state in registers, so that no state per chunk goes to memory: first every segment sums its own update,
-then a scan carries the state from segment to segment, then every segment is walked again with its true start
-and writes outputs. The normaliser z is a vector of its own beside S.
+The sequence is cut into chunks of C tokens. What every chunk adds to the state is summed on its own; a scan
+over the chunks turns these sums into the state that each starts from; then the outputs of every chunk are
+formed on their own. A walk with the state in registers would move fewer bytes, but leaves no registers to
+the products of 128-wide heads and too few programs to short texts. The normaliser z is a vector of its own
+beside S.
 
 Letters: B batch, T tokens, H query heads, G key/value heads, R = H/G, F key width, D value width, N chunks.
 p_ pointer, b_ loaded block, o_ offsets, m_ mask, i_ index. b is the running sum of g within its chunk.
@@ -119,176 +120,139 @@ def scores_safe(
 
 
 @triton.jit(do_not_specialize=["T", "N"])
-def cumsum_kernel(
-    p_g, p_b, p_mild, T, N, G: tl.constexpr, F: tl.constexpr, C: tl.constexpr, BK: tl.constexpr
-):  # fmt: skip
-    """b [B,T,G,F] = running sum of g within each chunk; mild [B*G*N] = 1 where the one-level form is safe."""
-    pid = tl.program_id(0)
-    i_c, i_bg = pid % N, (pid // N).to(tl.int64)
-    o_c, o_k = tl.arange(0, C), tl.arange(0, BK)
-    m_c = i_c * C + o_c < T
-    base = ((i_bg // G * T + i_c * C) * G + i_bg % G) * F
-    b_b = tl.cumsum(load_rows(p_g + base, o_c, m_c, G * F, o_k, F), 0)
-    store_rows(p_b + base, b_b, o_c, m_c, G * F, o_k, F)
-    tl.store(p_mild + i_bg * N + i_c, (tl.max(tl.max(tl.abs(b_b), 1), 0) < MILD).to(tl.int32))
-
-
-@triton.jit(do_not_specialize=["T", "N", "L", "P"])
 def states_kernel(
-    p_x, p_y, p_weight, p_scale, p_b, p_S0, p_z0, p_S, p_z, p_decay, p_Send, p_zend, T, N, L, P,
-    H: tl.constexpr, R: tl.constexpr, F: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
-    BV: tl.constexpr, REVERSE: tl.constexpr, EACH: tl.constexpr, HAS_INIT: tl.constexpr, SCALED: tl.constexpr,
-    MODE: tl.constexpr,
+    p_x, p_y, p_weight, p_scale, p_g, p_b, p_mild, p_S, p_z, T, N, G: tl.constexpr, R: tl.constexpr,
+    F: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    REVERSE: tl.constexpr, SCALED: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
-    """Walk one segment of L chunks with the state alone.
+    """What one chunk adds to S [B*H*N,F,D] and z [B*H*N,F], for the R query heads of a key/value head.
 
-    Forward: x = k [B,T,H,F], y = v [B,T,G,D]: S <- exp(end) S + (k exp(end - b))^T v.
-    REVERSE: x = q, y = dn [B,T,H,D] (times scale [B,T,H] if SCALED), weight = dden [B,T,H]; the gradient of
-    the state: S <- exp(end) S + (q exp(b))^T y, last chunk first.
-    EACH: start from S0 [B*H*P,F,D], write the state met by every chunk to S [B*H*N,F,D], and the segment
-    that comes last writes Send. Otherwise start from zero and write the segment's sum and its log-decay to S
-    [B*H*P,F,D].
+    Forward: x = k [B,T,H,F], y = v [B,T,G,D], (k exp(end - b))^T v; also writes b [B,T,G,F] and mild
+    [B*G*N], 1 where the one-level form is safe. REVERSE: reads b; x = q, y = dn [B,T,H,D] (times scale
+    [B,T,H] if SCALED), weight = dden [B,T,H]; the gradient of the state, (q exp(b))^T y.
     """
     pid, i_v = tl.program_id(0), tl.program_id(1)
-    i_p, i_bh = pid % P, (pid // P).to(tl.int64)
-    i_b, i_h = i_bh // H, i_bh % H
+    i_g, i_c, i_b = pid % G, pid // G % N, (pid // G // N).to(tl.int64)
     o_c, o_k, o_v = tl.arange(0, C), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
-    G: tl.constexpr = H // R
-    SY: tl.constexpr = H * D if REVERSE else G * D
-    i_y = i_h if REVERSE else i_h // R
-    first = i_p * L
-    count = tl.minimum(L, N - first)
-
-    S = tl.zeros([BK, BV], tl.float32)
-    z = tl.zeros([BK], tl.float32)
-    total = tl.zeros([BK], tl.float32)
-    if HAS_INIT:
-        i_s = i_bh * P + i_p
-        S = load_state(p_S0 + i_s * F * D, o_k, o_v, F, D)
-        z = tl.load(p_z0 + i_s * F + o_k, mask=o_k < F, other=0.0)
-    for i in range(0, count):
-        i_c = first + i
+    H: tl.constexpr = G * R
+    left = T - i_c * C
+    m_c = o_c < left
+    t0 = i_b * T + i_c * C
+    at = (t0 * G + i_g) * F
+    if REVERSE:
+        decay = tl.exp(load_rows(p_b + at, o_c, m_c, G * F, o_k, F))
+    else:
+        b_b = tl.cumsum(load_rows(p_g + at, o_c, m_c, G * F, o_k, F), 0)
+        end = tl.sum(tl.where((o_c == tl.minimum(C, left) - 1)[:, None], b_b, 0.0), 0)
+        decay = tl.exp(end[None, :] - b_b)
+        if i_v == 0:
+            store_rows(p_b + at, b_b, o_c, m_c, G * F, o_k, F)
+            mild = tl.max(tl.max(tl.abs(b_b), 1), 0) < MILD
+            tl.store(p_mild + (i_b * G + i_g) * N + i_c, mild.to(tl.int32))
+        b_y = load_rows(p_y + (t0 * G + i_g) * D, o_c, m_c, G * D, o_v, D)
+    for i_r in range(0, R):
+        i_h = i_g * R + i_r
+        i_s = (i_b * H + i_h) * N + i_c
+        b_x = load_rows(p_x + (t0 * H + i_h) * F, o_c, m_c, H * F, o_k, F) * decay
         if REVERSE:
-            i_c = first + count - 1 - i
-        if EACH:
-            i_s = i_bh * N + i_c
-            store_state(p_S + i_s * F * D, S, o_k, o_v, F, D)
-            if i_v == 0:
-                tl.store(p_z + i_s * F + o_k, z, mask=o_k < F)
-        t0 = i_b * T + i_c * C
-        m_c = i_c * C + o_c < T
-        p_bc = p_b + (t0 * G + i_h // R) * F
-        last = tl.minimum(C, T - i_c * C) - 1
-        b_b = load_rows(p_bc, o_c, m_c, G * F, o_k, F)
-        end = tl.load(p_bc + last * (G * F) + o_k, mask=o_k < F, other=0.0)
-        b_x = load_rows(p_x + (t0 * H + i_h) * F, o_c, m_c, H * F, o_k, F)
-        b_y = load_rows(p_y + t0 * SY + i_y * D, o_c, m_c, SY, o_v, D)
-        if REVERSE:
-            b_x *= tl.exp(b_b)
             o_t = (t0 + o_c) * H + i_h
-            z = z * tl.exp(end) + tl.sum(b_x * tl.load(p_weight + o_t, mask=m_c, other=0.0)[:, None], 0)
+            b_y = load_rows(p_y + (t0 * H + i_h) * D, o_c, m_c, H * D, o_v, D)
             if SCALED:
                 b_y *= tl.load(p_scale + o_t, mask=m_c, other=0.0)[:, None]
+            z = tl.sum(b_x * tl.load(p_weight + o_t, mask=m_c, other=0.0)[:, None], 0)
         else:
-            b_x *= tl.exp(end[None, :] - b_b)
-            z = z * tl.exp(end) + tl.sum(b_x, 0)
-        S = S * tl.exp(end)[:, None] + mm(tl.trans(b_x), b_y, MODE)
-        total += end
-    if EACH:
-        if i_p == (0 if REVERSE else P - 1):
-            store_state(p_Send + i_bh * F * D, S, o_k, o_v, F, D)
-            if i_v == 0:
-                tl.store(p_zend + i_bh * F + o_k, z, mask=o_k < F)
-    else:
-        i_s = i_bh * P + i_p
-        store_state(p_S + i_s * F * D, S, o_k, o_v, F, D)
+            z = tl.sum(b_x, 0)
+        store_state(p_S + i_s * F * D, mm(tl.trans(b_x), b_y, MODE), o_k, o_v, F, D)
         if i_v == 0:
             tl.store(p_z + i_s * F + o_k, z, mask=o_k < F)
-            tl.store(p_decay + i_s * F + o_k, total, mask=o_k < F)
 
 
-@triton.jit(do_not_specialize=["P"])
+@triton.jit(do_not_specialize=["T", "N"])
 def scan_kernel(
-    p_S, p_z, p_decay, p_S0, p_z0, P, F: tl.constexpr, D: tl.constexpr, BR: tl.constexpr, BV: tl.constexpr,
-    REVERSE: tl.constexpr, HAS_INIT: tl.constexpr,
+    p_S, p_z, p_b, p_S0, p_z0, p_Send, p_zend, T, N, H: tl.constexpr, R: tl.constexpr, F: tl.constexpr,
+    D: tl.constexpr, C: tl.constexpr, BR: tl.constexpr, BV: tl.constexpr, REVERSE: tl.constexpr,
+    HAS_INIT: tl.constexpr, STAGES: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """Replace every segment's own sum by the state it starts from. S [B*H*P,F,D], z and decay [B*H*P,F]."""
+    """Replace what every chunk adds, S [B*H*N,F,D] and z [B*H*N,F], by the state that it starts from
+    (REVERSE: by the gradient of the state that it ends with), and write what is left after all. The carry is
+    float32.
+    """
     i_bh = tl.program_id(0).to(tl.int64)
+    i_b, i_h = i_bh // H, i_bh % H
     o_k, o_v = tl.program_id(1) * BR + tl.arange(0, BR), tl.arange(0, BV)
     m_k = o_k < F
+    G: tl.constexpr = H // R
     S = tl.zeros([BR, BV], tl.float32)
     z = tl.zeros([BR], tl.float32)
     if HAS_INIT:
         S = load_state(p_S0 + i_bh * F * D, o_k, o_v, F, D)
         z = tl.load(p_z0 + i_bh * F + o_k, mask=m_k, other=0.0)
-    for i in range(0, P):
-        i_p = i
+    p_b += (i_b * T * G + i_h // R) * F
+    for i in tl.range(0, N, num_stages=STAGES, loop_unroll_factor=UNROLL):
+        i_c = i
         if REVERSE:
-            i_p = P - 1 - i
-        i_s = i_bh * P + i_p
+            i_c = N - 1 - i
+        i_s = i_bh * N + i_c
         add = load_state(p_S + i_s * F * D, o_k, o_v, F, D)
         b_z = tl.load(p_z + i_s * F + o_k, mask=m_k, other=0.0)
-        keep = tl.exp(tl.load(p_decay + i_s * F + o_k, mask=m_k, other=0.0))
+        end = tl.minimum(i_c * C + C, T) - 1
+        keep = tl.exp(tl.load(p_b + end.to(tl.int64) * (G * F) + o_k, mask=m_k, other=0.0))
         store_state(p_S + i_s * F * D, S, o_k, o_v, F, D)
         tl.store(p_z + i_s * F + o_k, z, mask=m_k)
         S = S * keep[:, None] + add
         z = z * keep + b_z
+    store_state(p_Send + i_bh * F * D, S, o_k, o_v, F, D)
+    tl.store(p_zend + i_bh * F + o_k, z, mask=m_k)
 
 
-@triton.jit(do_not_specialize=["T", "N", "L", "P", "eps"])
+@triton.jit(do_not_specialize=["T", "N", "eps"])
 def output_kernel(
-    p_q, p_k, p_v, p_b, p_mild, p_S0, p_z0, p_n, p_den, p_S, p_z, T, N, L, P, eps,
-    H: tl.constexpr, R: tl.constexpr, F: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
-    BV: tl.constexpr, HAS_INIT: tl.constexpr, NORMALISED: tl.constexpr, MODE: tl.constexpr,
+    p_q, p_k, p_v, p_b, p_mild, p_S, p_z, p_n, p_den, T, N, eps, H: tl.constexpr, R: tl.constexpr,
+    F: tl.constexpr, D: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, NORMALISED: tl.constexpr, SAFE: tl.constexpr, MODE: tl.constexpr,
 ):  # fmt: skip
-    """Walk one segment from its true start: n [B,T,H,D] (y = n / (den + eps) if NORMALISED), den [B,T,H],
-    final S and z.
+    """n [B,T,H,D] (y = n / (den + eps) if NORMALISED) and den [B,T,H] of ROWS tokens of one chunk and one
+    query head, from the state that the chunk starts from and the tokens of the chunk up to them, KEYS at a
+    time.
+
+    Of the two kernels that SAFE makes, one returns at once for a chunk: the scores of a strong decay, formed
+    for a whole chunk (ROWS = KEYS = C), take more registers than all the rest.
     """
     pid, i_v = tl.program_id(0), tl.program_id(1)
-    i_p, i_bh = pid % P, (pid // P).to(tl.int64)
-    i_b, i_h = i_bh // H, i_bh % H
-    o_c, o_k, o_v = tl.arange(0, C), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
+    PARTS: tl.constexpr = C // ROWS
+    i_h, i_part, i_c, i_b = pid % H, pid // H % PARTS, pid // H // PARTS % N, pid // H // PARTS // N
     G: tl.constexpr = H // R
     i_g = i_h // R
-    first = i_p * L
-    S = tl.zeros([BK, BV], tl.float32)
-    z = tl.zeros([BK], tl.float32)
-    if HAS_INIT:
-        i_s = i_bh * P + i_p
-        S = load_state(p_S0 + i_s * F * D, o_k, o_v, F, D)
-        z = tl.load(p_z0 + i_s * F + o_k, mask=o_k < F, other=0.0)
-    for i_c in range(first, tl.minimum(first + L, N)):
-        t0 = i_b * T + i_c * C
-        left = T - i_c * C
-        m_c = o_c < left
-        p_bc = p_b + (t0 * G + i_g) * F
-        p_kc = p_k + (t0 * H + i_h) * F
-        b_b = load_rows(p_bc, o_c, m_c, G * F, o_k, F)
-        end = tl.load(p_bc + (tl.minimum(C, left) - 1) * (G * F) + o_k, mask=o_k < F, other=0.0)
-        b_q = load_rows(p_q + (t0 * H + i_h) * F, o_c, m_c, H * F, o_k, F)
-        b_k = load_rows(p_kc, o_c, m_c, H * F, o_k, F)
-        b_v = load_rows(p_v + (t0 * G + i_g) * D, o_c, m_c, G * D, o_v, D)
-        b_qe, b_ke = b_q * tl.exp(b_b), b_k * tl.exp(end[None, :] - b_b)
-        b_ki = b_k * tl.exp(tl.minimum(-b_b, MILD))  # the minimum is for chunks that do not use it
-        b_den = tl.sum(b_qe * z[None, :], 1)
-        if tl.load(p_mild + (i_b * G + i_g) * N + i_c) != 0:
-            A = mm(b_qe, tl.trans(b_ki), MODE)
-            A = tl.where(o_c[:, None] >= o_c[None, :], A, 0.0)
+    if (tl.load(p_mild + (i_b * G + i_g) * N + i_c) == 0) != SAFE:
+        return
+    i_b = i_b.to(tl.int64)
+    o_c, o_k, o_v = i_part * ROWS + tl.arange(0, ROWS), tl.arange(0, BK), i_v * BV + tl.arange(0, BV)
+    i_s = (i_b * H + i_h) * N + i_c
+    t0 = i_b * T + i_c * C
+    left = T - i_c * C
+    m_c = o_c < left
+    p_bc, p_vc = p_b + (t0 * G + i_g) * F, p_v + (t0 * G + i_g) * D
+    p_qc, p_kc = p_q + (t0 * H + i_h) * F, p_k + (t0 * H + i_h) * F
+    b_q = load_rows(p_qc, o_c, m_c, H * F, o_k, F)
+    b_q *= tl.exp(load_rows(p_bc, o_c, m_c, G * F, o_k, F))
+    b_den = tl.sum(b_q * tl.load(p_z + i_s * F + o_k, mask=o_k < F, other=0.0)[None, :], 1)
+    b_n = mm(b_q, load_state(p_S + i_s * F * D, o_k, o_v, F, D), MODE)
+    for j in range(0, i_part * ROWS + ROWS, KEYS):
+        o_j = j + tl.arange(0, KEYS)
+        if SAFE:
+            A = scores_safe(p_qc, p_kc, p_bc, left, o_k, H * F, G * F, F, C, MODE)
         else:
-            A = scores_safe(p_q + (t0 * H + i_h) * F, p_kc, p_bc, left, o_k, H * F, G * F, F, C, MODE)
+            b_k = load_rows(p_kc, o_j, o_j < left, H * F, o_k, F)
+            b_k *= tl.exp(-load_rows(p_bc, o_j, o_j < left, G * F, o_k, F))
+            A = mm(b_q, tl.trans(b_k), MODE)
+            A = tl.where(o_c[:, None] >= o_j[None, :], A, 0.0)
         b_den += tl.sum(A, 1)
-        b_n = mm(b_qe, S, MODE) + mm(A, b_v, MODE)
-        if NORMALISED:
-            b_n = b_n / (b_den + eps)[:, None]
-        store_rows(p_n + (t0 * H + i_h) * D, b_n, o_c, m_c, H * D, o_v, D)
-        if i_v == 0:
-            tl.store(p_den + (t0 + o_c) * H + i_h, b_den.to(p_den.dtype.element_ty), mask=m_c)
-        S = S * tl.exp(end)[:, None] + mm(tl.trans(b_ke), b_v, MODE)
-        z = z * tl.exp(end) + tl.sum(b_ke, 0)
-    if i_p == P - 1:
-        store_state(p_S + i_bh * F * D, S, o_k, o_v, F, D)
-        if i_v == 0:
-            tl.store(p_z + i_bh * F + o_k, z, mask=o_k < F)
+        b_n += mm(A, load_rows(p_vc, o_j, o_j < left, G * D, o_v, D), MODE)
+    if NORMALISED:
+        b_n *= (1.0 / (b_den + eps))[:, None]
+    store_rows(p_n + (t0 * H + i_h) * D, b_n, o_c, m_c, H * D, o_v, D)
+    if i_v == 0:
+        tl.store(p_den + (t0 + o_c) * H + i_h, b_den.to(p_den.dtype.element_ty), mask=m_c)
 
 
 @triton.jit(do_not_specialize=["eps"])
