@@ -99,10 +99,13 @@ def one_setting() -> None:
 
     build = Autotuner.__init__
 
+    def blocks(config: Any) -> int:
+        return sum(value for value in config.kwargs.values() if isinstance(value, int))
+
     def keep_one(self: Any, *args: Any, **kwargs: Any) -> None:
         build(self, *args, **kwargs)
         self.configs = [
-            max(self.configs, key=lambda c: (c.num_warps == 4, sum(c.kwargs.values()), -c.num_stages))
+            max(self.configs, key=lambda c: (c.num_warps == 4, blocks(c), -c.num_stages))
         ]
 
     Autotuner.__init__ = keep_one  # type: ignore[method-assign]
