@@ -104,9 +104,7 @@ def one_setting() -> None:
 
     def keep_one(self: Any, *args: Any, **kwargs: Any) -> None:
         build(self, *args, **kwargs)
-        self.configs = [
-            max(self.configs, key=lambda c: (c.num_warps == 4, blocks(c), -c.num_stages))
-        ]
+        self.configs = [max(self.configs, key=lambda c: (c.num_warps == 4, blocks(c), -c.num_stages))]
 
     Autotuner.__init__ = keep_one  # type: ignore[method-assign]
 
