@@ -223,6 +223,35 @@ def test_distill_writes_one_json_document_and_an_adapter_that_info_reads(base: P
     assert f"Next: lawcat-edge export {base / 'teacher'} --adapter {out}" in text
 
 
+def test_an_option_replaces_the_recipe_s_value_and_a_default_does_not(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    seen: list[DistillSettings] = []
+
+    def stop(*arguments: Any, **_: Any) -> Any:
+        seen.append(arguments[3])
+        raise LawcatError("Far enough.")
+
+    monkeypatch.setattr("lawcat_edge.distill.run.distill", stop)
+    command = ["distill", str(base / "teacher"), "--recipe", "passkey", "--out", str(tmp_path / "a")]
+    assert cli.run(command) == 2
+    assert cli.run([*command, "--lora-rank", "8", "--seq-len", "64", "--rope"]) == 2
+    recipe, changed = seen
+    assert (recipe.lora_rank, recipe.batch_size, recipe.seq_len, recipe.rope) == (32, 16, 1024, False)
+    # 8 is the default, but it was asked for
+    assert (changed.lora_rank, changed.batch_size, changed.rope) == (8, 16, True)
+    assert changed.seq_len == changed.finetune_seq_len == 64
+    capsys.readouterr()
+    assert cli.run(["distill", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for field in dataclasses.fields(DistillSettings):
+        flag = f"--{field.name.replace('_', '-')}"
+        shown = f"no-{field.name}" if field.default is False else str(field.default)
+        mark = f"{flag} / " if field.default is False else f"{flag} <"
+        option = text[text.index(mark) :].split("[default: ")[1]
+        assert option.replace(" ", "").startswith(shown.replace(" ", "")), field.name
+
+
 def test_distill_goes_on_from_an_adapter_with_another_window(base: Path, tmp_path: Path, capsys: Any) -> None:
     command = ["distill", str(base / "teacher"), "--data", str(base / "text.txt"), *SHORT]
     first, second = tmp_path / "first", tmp_path / "second"

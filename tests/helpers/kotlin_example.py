@@ -68,7 +68,16 @@ def _compile(place: Path, jars: Path, given: list[Path]) -> None:
 
 def converse(config: pytest.Config, bundle: Path, questions: list[str], most: int) -> tuple[list[str], int]:
     """(the example's answers in one conversation, how often it ran the graph)."""
-    command = ["java", "-Xshare:auto", "-cp", ":".join(classpath(config)), "MainKt", str(bundle), str(most)]
+    command = [
+        "java",
+        "-XX:+UseSerialGC",
+        "-XX:TieredStopAtLevel=1",
+        "-cp",
+        ":".join(classpath(config)),
+        "MainKt",
+        str(bundle),
+        str(most),
+    ]
     tokenizer = tokenizers.Tokenizer.from_file(str(bundle / "tokenizer.json"))
     answers, runs, session = [], 0, None
     with subprocess.Popen([*command, *questions], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
