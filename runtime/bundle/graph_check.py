@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from lawcat_edge.runtime.errors import LawcatError
@@ -57,6 +58,15 @@ class ModelSummary:
 
     def suspect(self, what: str) -> None:
         self.suspicious = self.suspicious or what
+
+    @cached_property
+    def readers(self) -> dict[str, list[Node]]:
+        """The nodes that read each tensor."""
+        found: dict[str, list[Node]] = {}
+        for node in self.nodes:
+            for name in set(node.inputs):
+                found.setdefault(name, []).append(node)
+        return found
 
 
 class _MalformedError(Exception):
@@ -105,16 +115,23 @@ def _fields(view: memoryview, summary: ModelSummary) -> Iterator[tuple[int, int,
         summary.fields += 1
         if summary.fields > MAX_FIELDS:
             raise _MalformedError(f"it has more than {MAX_FIELDS:,} fields")
-        key, at = _varint(view, at)
+        # Most keys and sizes are numbers of one byte, and a call for each would take most of the time.
+        key = view[at]
+        if key < 0x80:
+            at += 1
+        else:
+            key, at = _varint(view, at)
         number, wire = key >> 3, key & 7
         if number == 0:
             raise _MalformedError("field number 0")
-        if wire == 0:
+        if wire == 2 and at < end and (size := view[at]) < 0x80:
+            at += 1
+        elif wire == 2:
+            size, at = _varint(view, at)
+        elif wire == 0:
             value, at = _varint(view, at)
             yield number, wire, value
             continue
-        if wire == 2:
-            size, at = _varint(view, at)
         elif wire in (1, 5):
             size = 8 if wire == 1 else 4
         else:

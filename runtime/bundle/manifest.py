@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lawcat_edge.runtime import files
-from lawcat_edge.runtime.bundle import hub, signature
+from lawcat_edge.runtime.bundle import hub, signature, stamp
 from lawcat_edge.runtime.bundle.flavours import FLAVOURS
 from lawcat_edge.runtime.bundle.graph_check import MAX_MODEL_BYTES, ModelSummary, check_model
 from lawcat_edge.runtime.bundle.limits import (
@@ -383,11 +384,17 @@ class Bundle:
 
     @classmethod
     def open(
-        cls, path: Path | str, check_hashes: bool = True, public_key: Path | str | None = None
+        cls,
+        path: Path | str,
+        check_hashes: bool = True,
+        public_key: Path | str | None = None,
+        rehash: bool = False,
     ) -> Bundle:
         """Open the bundle in folder `path`, or of that name on the hub (see ``hub``).
 
         check_hashes: compare every file's sha256 too (sizes, names and tensor positions are always checked).
+        A large bundle whose files have not changed since that was done here is not read again (see
+        ``stamp``), unless rehash is true or a public_key is given.
         public_key: PEM file of the maker's key; the manifest must be signed with it (see ``signature``).
         Raises LawcatError for what is no bundle, CheckFailed for a file that is not as recorded.
         """
@@ -403,7 +410,9 @@ class Bundle:
             signature.check(folder, data, public_key)
         manifest = Manifest.from_dict(files.parse_json(data, str(folder / MANIFEST)))
         bundle = cls(folder, manifest, hashlib.sha256(data).hexdigest())
-        bundle._check_files(check_hashes)
+        bundle._check_files()
+        if check_hashes:
+            bundle._check_hashes(rehash or public_key is not None)
         for graph in manifest.graphs.values():
             for name in graph.values():
                 if name not in bundle.graphs:
@@ -441,7 +450,7 @@ class Bundle:
             if files.fingerprint(self.path(name)) != seen:
                 raise CheckFailed(f"{self.folder / name} changed while it was being loaded; try again.")
 
-    def _check_files(self, check_hashes: bool) -> None:
+    def _check_files(self) -> None:
         for name, entry in self.manifest.files.items():
             path = self.path(name)
             self._seen[name] = files.fingerprint(path)
@@ -450,13 +459,21 @@ class Bundle:
                 raise CheckFailed(
                     f"{path} has {size:,} bytes and should have {entry['size']:,}; copy the bundle again."
                 )
-        if check_hashes:
-            names = sorted(self.manifest.files, key=lambda name: -self.manifest.files[name]["size"])
-            with ThreadPoolExecutor(min(4, len(names))) as pool:
-                found = pool.map(lambda name: files.sha256_file(self.path(name)), names)
-                for name, digest in zip(names, found, strict=True):
-                    if digest != self.manifest.files[name]["sha256"]:
-                        raise self._altered(name)
+
+    def _check_hashes(self, rehash: bool) -> None:
+        stamped = not rehash and self.bytes_on_disk >= stamp.LEAST_BYTES
+        if stamped and stamp.stands(self.folder, self.sha256, self._seen):
+            return
+        begin = time.time_ns()
+        names = sorted(self.manifest.files, key=lambda name: -self.manifest.files[name]["size"])
+        with ThreadPoolExecutor(min(4, len(names))) as pool:
+            found = pool.map(lambda name: files.sha256_file(self.path(name)), names)
+            for name, digest in zip(names, found, strict=True):
+                if digest != self.manifest.files[name]["sha256"]:
+                    raise self._altered(name)
+        if stamped:
+            self.check_unchanged()
+            stamp.put(self.folder, self.sha256, self._seen, begin)
 
     def _check_graph(self, name: str) -> ModelSummary:
         if name.endswith(".ort"):

@@ -45,7 +45,7 @@ def verify(
     if not Path(path).is_dir():
         raise LawcatError(f"There is no bundle folder {path}; make one with `lawcat-edge export`.")
     try:
-        bundle = Bundle.open(path, public_key=public_key)
+        bundle = Bundle.open(path, public_key=public_key, rehash=True)
         manifest = bundle.manifest
         if public_key is not None:
             passed("signature", f"the manifest is signed with {public_key}")

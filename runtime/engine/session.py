@@ -99,12 +99,9 @@ class Engine:
         manifest = bundle.manifest
         self.vocab_size = manifest.vocab_size
         graphs = manifest.graphs[self.flavour]
+        known = [bundle.graphs[graphs[kind]] for kind in _IN_PLACE_KINDS & set(graphs)]
         self._in_place = [
-            all(
-                _in_place_is_safe(bundle.graphs[graphs[kind]], tensor)
-                for kind in _IN_PLACE_KINDS & set(graphs)
-            )
-            for tensor in manifest.state
+            all(_in_place_is_safe(graph, tensor) for graph in known) for tensor in manifest.state
         ]
         self._trial_logits: np.ndarray | None = None  # rows that are not used take no memory
         self._frequencies = rotary.inverse_frequencies(manifest.geometry) if manifest.rotary else None
@@ -382,14 +379,14 @@ def _version(text: str) -> tuple[int, ...]:
 
 
 def _in_place_is_safe(graph: ModelSummary, tensor: StateTensor) -> bool:
-    readers = [node for node in graph.nodes if tensor.input in node.inputs]
+    own = graph.readers.get(tensor.input, [])
     return (
-        len(readers) == 1
-        and readers[0].op in _IN_PLACE
-        and readers[0].domain == "com.microsoft"
-        and tensor.output in readers[0].outputs
+        len(own) == 1
+        and own[0].op in _IN_PLACE
+        and own[0].domain == "com.microsoft"
+        and tensor.output in own[0].outputs
         # Nobody may read the new value either: it could meet the buffer of another step.
-        and not any(tensor.output in node.inputs for node in graph.nodes)
+        and tensor.output not in graph.readers
     )
 
 

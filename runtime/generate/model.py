@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +39,11 @@ class Model:
     alternatives a token; 0 only the chosen one), ignore_eos.
     """
 
-    def __init__(self, bundle: Bundle, engine: Engine) -> None:
+    def __init__(self, bundle: Bundle, engine: Engine, tokenizer: Tokenizer | None = None) -> None:
         self.bundle = bundle
         self.engine = engine
-        manifest = bundle.manifest
-        self.tokenizer = Tokenizer(bundle.read(TOKENIZER), manifest.vocab_size)
-        self.eos = frozenset(manifest.eos)
+        self.tokenizer = tokenizer or _tokenizer(bundle)
+        self.eos = frozenset(bundle.manifest.eos)
         self.context = self.new_context()
         self._template: ChatTemplate | None = None
 
@@ -64,7 +64,11 @@ class Model:
         Raises LawcatError with what to do if the bundle is damaged or cannot run here.
         """
         bundle = Bundle.open(path, check_hashes=check_hashes, public_key=public_key)
-        return cls(bundle, Engine(bundle, threads=threads, flavour=flavour, chunk=chunk))
+        # onnxruntime lets other threads run while it packs the weights.
+        with ThreadPoolExecutor(1) as pool:
+            engine = pool.submit(Engine, bundle, threads=threads, flavour=flavour, chunk=chunk)
+            tokenizer = _tokenizer(bundle)
+            return cls(bundle, engine.result(), tokenizer)
 
     def new_context(self) -> Context:
         return Context(self.engine.new_state())
@@ -297,6 +301,10 @@ class Model:
                         yield advance.text
         finally:
             writer.settle()
+
+
+def _tokenizer(bundle: Bundle) -> Tokenizer:
+    return Tokenizer(bundle.read(TOKENIZER), bundle.manifest.vocab_size)
 
 
 def _nothing(_: Generation) -> Generator[str, None, None]:
