@@ -1,14 +1,14 @@
 """What a scheme must know of activations, measured on the student at hand: ranges, and Hessians for rounding.
 
-Both are measured on an fp32 bundle in the scheme's own basis (rotated or not), on text that the user gives
-or, without any, on text that the teacher writes itself.
+Both are measured in the scheme's own basis (rotated or not), ranges in fp32 and Hessians in 8 bits, on text
+that the user gives or, without any, on text that the teacher writes itself.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from lawcat_edge.calibration.texts import spread
 from lawcat_edge.data.readers import expand
 from lawcat_edge.evaluate.lm import load_tokenizer
 from lawcat_edge.export.exporter import ExportOptions, export_bundle
+from lawcat_edge.export.rotation import rotation_of_down
 from lawcat_edge.export.schemes import SCHEMES, Linear, Scheme
 from lawcat_edge.progress import Progress, quiet
 from lawcat_edge.runtime.errors import LawcatError
@@ -85,9 +86,13 @@ class Calibration:
 
     def gptq(self, rotate: bool, progress: Progress = quiet) -> Gptq:
         if rotate not in self._hessians:
-            hessians = Hessians(self._bundle(rotate, progress), self.texts(progress), self.threads)
+            folder = self.folder / ("hessians-rotated" if rotate else "hessians")
+            options = ExportOptions(scheme=hessian_scheme(rotate), verify=False, progress=progress)
+            export_bundle(self.student, folder, options)
+            hessians = Hessians(folder, self.texts(progress), self.threads)
             self._hessians = {rotate: hessians}  # one basis at a time in memory
-        return Gptq(self._hessians[rotate], progress)
+        own = rotation_of_down(self.student.teacher.geometry.intermediate_size) if rotate else None
+        return Gptq(self._hessians[rotate], progress, own)
 
     @property
     def identity(self) -> list[Any]:
@@ -152,6 +157,13 @@ def basis_scheme(rotate: bool) -> Scheme:
     exact = Linear("fp32")
     products = dict.fromkeys(SCHEMES["fp32"].linears, exact)
     return Scheme(ROTATED, products, exact, 0.05, 1e-3, rotate=True)
+
+
+def hessian_scheme(rotate: bool) -> Scheme:
+    """8 bits, in the same basis: Hessians are as good as those of fp32, and read in less time."""
+    if rotate:
+        return replace(SCHEMES["int8-dynamic"], rounding="nearest")
+    return replace(SCHEMES["int8"], rotate=False)
 
 
 def static_ranges(ranges: Ranges, scheme: Scheme) -> dict[str, tuple[float, float]]:

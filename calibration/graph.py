@@ -32,6 +32,8 @@ class RecurrentGraph:
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
+        # What is done with the outputs needs the processor that idle threads would spin on.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if threads is not None:
             options.intra_op_num_threads = threads
         options.add_session_config_entry(

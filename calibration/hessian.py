@@ -7,11 +7,12 @@ parameters fits one reading; one of 7 B takes a reading for every layer or two, 
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
-from lawcat_edge.calibration.probes import Probed
+from lawcat_edge.calibration.probes import Probed, Seen
 from lawcat_edge.config import LawcatConfig
 from lawcat_edge.export.step import layer_module
 from lawcat_edge.families import Geometry
@@ -22,10 +23,11 @@ from lawcat_edge.runtime.errors import LawcatError
 BUDGET = 1 << 30
 """Bytes of Hessians in memory at once (one product's may be more)."""
 LEAST_TOKENS = 1024
+_ROWS = 1024
 
 
 class Hessians:
-    """Of the fp32 bundle in ``folder`` on texts int [n,T]; ``of`` measures when it must.
+    """Of the bundle in ``folder`` on texts int [n,T]; ``of`` measures when it must.
 
     Raises LawcatError for too little text.
     """
@@ -85,15 +87,50 @@ class Hessians:
 
     def _measure(self, group: list[str], progress: Progress) -> dict[str, np.ndarray]:
         graph = Probed(self.bundle, self.threads, group)
-        found = {path: np.zeros((self._width(path),) * 2, np.float32) for path in group}
+        sums = {path: _Sum(self._width(path)) for path in group}
         done = 0
-        for seen in graph.read(self.texts, self.chunk):
+
+        def add(seen: Seen) -> None:
             for path, values in seen.tensors.items():
-                x = values.reshape(-1, values.shape[-1])
-                found[path] += x.T @ x
-            done += seen.tokens
-            progress("hessians", done, self.texts.size)
+                sums[path].add(values.reshape(-1, values.shape[-1]))
+
+        # Many of the graph's operators leave a processor idle, so one chunk is summed while the next is read.
+        with ThreadPoolExecutor(1) as pool:
+            last: Future[None] | None = None
+            for seen in graph.read(self.texts, self.chunk):
+                if last is not None:
+                    last.result()
+                last = pool.submit(add, seen)
+                done += seen.tokens
+                progress("hessians", done, self.texts.size)
+            if last is not None:
+                last.result()
         self.readings += 1
-        for hessian in found.values():
-            hessian /= done
-        return found
+        return {path: own.total() / np.float32(done) for path, own in sums.items()}
+
+
+class _Sum:
+    """x xᵀ over rows x, float32 [K,K], some rows at once: each product reads and writes the whole sum."""
+
+    def __init__(self, width: int) -> None:
+        self._sum = np.zeros((width, width), np.float32)
+        self._rows = np.empty((min(_ROWS, max(256, width)), width), np.float32)
+        self._filled = 0
+
+    def add(self, rows: np.ndarray) -> None:
+        while len(rows):
+            taken = rows[: len(self._rows) - self._filled]
+            self._rows[self._filled : self._filled + len(taken)] = taken
+            self._filled += len(taken)
+            rows = rows[len(taken) :]
+            if self._filled == len(self._rows):
+                self._flush()
+
+    def total(self) -> np.ndarray:
+        self._flush()
+        return self._sum
+
+    def _flush(self) -> None:
+        x = self._rows[: self._filled]
+        self._sum += x.T @ x  # numpy knows that this is symmetric, and computes half of it
+        self._filled = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +14,9 @@ from lawcat_edge.runtime.bundle.manifest import Bundle
 from lawcat_edge.runtime.engine.state import State
 from lawcat_edge.runtime.errors import LawcatError
 
-_PRODUCT = re.compile(r"(layers\.\d+/(?:qkv|o|gate_up|down)|head)")
+# The first node of a product, of any kind but the static one, reads what the product reads.
+_PRODUCT = re.compile(r"(layers\.\d+/(?:qkv|o|gate_up|down)|head)(/abs)?")
+_FIRST = {"FusedMatMul": None, "MatMulNBits": None, "Abs": "/abs"}
 
 
 @dataclass(frozen=True)
@@ -39,13 +42,15 @@ class Probed:
         if "ort" not in self.manifest.ops:
             raise LawcatError("Ranges are measured on the graph of --ops ort; export the bundle with it.")
         model = onnx.load(bundle.path(self.manifest.graphs["ort"]["all"]), load_external_data=False)
-        nodes = [node for node in model.graph.node if _PRODUCT.fullmatch(node.name)]
+        found = ((_PRODUCT.fullmatch(node.name), node) for node in model.graph.node)
         products = {
-            node.name: node.input[0] for node in nodes if node.op_type in ("FusedMatMul", "MatMulNBits")
+            match[1]: node.input[0]
+            for match, node in found
+            if match and node.op_type in _FIRST and match[2] == _FIRST[node.op_type]
         }
         if len(products) != 4 * self.manifest.num_layers + 1:
             raise LawcatError(
-                f"The products of {self.manifest.scheme} cannot be watched; calibrate on the fp32 bundle."
+                f"The products of {self.manifest.scheme} cannot be watched; calibrate on another bundle."
             )
         self.probes = {tensor: name for name, tensor in products.items() if only is None or name in only}
         kept = [value for value in model.graph.output if value.name != "logits"]
@@ -55,6 +60,7 @@ class Probed:
             model.graph.output.append(
                 onnx.helper.make_tensor_value_info(tensor, onnx.TensorProto.FLOAT, None)
             )
+        _prune(model.graph)
         source = self.manifest
         self.graph = RecurrentGraph(
             model.SerializeToString(), bundle.folder, source.geometry, source.lawcat, threads
@@ -82,3 +88,14 @@ class Probed:
                 ids = row[None, start : start + min(chunk, state.room)].astype(np.int64)
                 yield Seen(number, start, ids.shape[1], self.run(ids, state))
                 start += ids.shape[1]
+
+
+def _prune(graph: Any) -> None:
+    """Remove the nodes that no output needs, which onnxruntime would run: here the head."""
+    needed, kept = {value.name for value in graph.output}, []
+    for node in reversed(graph.node):
+        if needed.intersection(node.output):
+            needed.update(node.input)
+            kept.append(node)
+    del graph.node[:]
+    graph.node.extend(reversed(kept))

@@ -218,16 +218,16 @@ def _check_layers(layout: Layout) -> None:
 
 
 def _store(layout: Layout, folder: Path, fingerprint: str, report: Progress) -> dict[str, ir.ExternalTensor]:
-    total = layout.geometry.num_layers + 2
+    total = layout.geometry.num_layers
+    what = "layers" if layout.rounder_of is None else f"layers, {layout.scheme.rounding}"
     with DataWriter(folder, fingerprint) as writer:
-        report("weights", 0, total)
+        report(what, 0, total)
         writer.group("embedding", lambda: layout.store_embedding(writer))
         writer.group("first_norm", lambda: layout.store_first_norm(writer))
         for i in range(layout.geometry.num_layers):
             writer.group(f"layer {i}", lambda i=i: layout.store_layer(writer, i))  # type: ignore[misc]
-            report("weights", i + 1, total)
+            report(what, i + 1, total)
         writer.group("head", lambda: layout.store_head(writer))
-        report("weights", total, total)
         return writer.tensors
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lawcat_edge.runtime.errors import LawcatError
-from lawcat_edge.runtime.files import read_bytes, read_json, write_json, write_text
+from lawcat_edge.runtime.files import fingerprint, read_bytes, read_json, write_json, write_text
 from lawcat_edge.runtime.generate.sampling import sampling_defaults
 from lawcat_edge.runtime.generate.text import MAX_TOKENIZER, load_tokenizer, special_tokens
 from lawcat_edge.runtime.template.chat import ChatTemplate
@@ -72,6 +73,13 @@ def special_tokens_of(source: Path) -> dict[str, str]:
 
     transformers says which these are; what it cannot load has those that its settings name.
     """
+    settings = sorted(source.glob("*.json"))
+    return dict(_special_tokens(source, tuple(fingerprint(path) for path in settings)))
+
+
+# Loading a tokenizer takes a second, and an export asks three times, before and after a calibration
+@functools.lru_cache(maxsize=4)
+def _special_tokens(source: Path, _: tuple[tuple[int, ...], ...]) -> dict[str, str]:
     from transformers import AutoTokenizer
     from transformers.utils import logging
 

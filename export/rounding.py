@@ -19,6 +19,7 @@ from lawcat_edge.export.schemes import Linear
 OFFSET_STEPS = 16
 """Offsets are whole multiples of 1/16 of a scale, in a byte each."""
 _LEAST = np.float32(2.0**-24)  # the smallest float16
+_CACHED = 1 << 16  # values
 _SHRINK = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 
 
@@ -70,14 +71,22 @@ def grid(values: np.ndarray, spec: Linear, weight: np.ndarray | None = None) -> 
     position weighted by ``weight`` [blocks, block] where it is given. With offsets the grid covers least to
     most, which gives back a block that was of 16 evenly spaced values before (a GGUF in Q4_1, say).
     """
-    low, high = bounds(spec)
     if spec.bits != 4:
-        return Quantised(values, as_float16(np.abs(values).max(-1) / np.float32(high)))
+        return Quantised(values, as_float16(np.abs(values).max(-1) / np.float32(bounds(spec)[1])))
     if spec.offsets:
         least, most = np.minimum(values.min(-1), 0), np.maximum(values.max(-1), 0)
         scale = as_float16((most - least) / np.float32(15))
         offset = np.rint((least / scale + 8) * OFFSET_STEPS)
         return Quantised(values, scale, np.clip(offset, -128, 127).astype(np.float32) / OFFSET_STEPS)
+    # a piece that fits the processor's cache at once, of the many passes over it
+    rows = max(1, _CACHED // values[0].size)
+    pieces = [_searched(values[k : k + rows], spec, weight) for k in range(0, len(values), rows)]
+    return Quantised(values, np.concatenate(pieces))
+
+
+def _searched(values: np.ndarray, spec: Linear, weight: np.ndarray | None) -> np.ndarray:
+    """Scales of 4 bits: the best of some, each refitted to the quantised values that it gives."""
+    low, high = bounds(spec)
     at = np.abs(values).argmax(-1)[..., None]
     # the value of largest size takes the end with one more step
     top = np.take_along_axis(values, at, -1)[..., 0] / np.float32(low)
@@ -92,7 +101,7 @@ def grid(values: np.ndarray, spec: Linear, weight: np.ndarray | None = None) -> 
         error = (error if weight is None else error * weight).sum(-1)
         better = error < best
         best, chosen = np.where(better, error, best), np.where(better, scale, chosen)
-    return Quantised(values, chosen)
+    return chosen
 
 
 def rounded(values: np.ndarray, found: Quantised, spec: Linear) -> np.ndarray:

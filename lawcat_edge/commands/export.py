@@ -58,7 +58,7 @@ def export(
     calibration_tokens: CalibrationTokens = CALIBRATION_TOKENS,
     rounding: Annotated[
         str | None,
-        typer.Option(help="nearest or gptq (by what the text says matters); default: the scheme's."),
+        typer.Option(help="nearest or gptq (by what a text says matters); default: gptq with --calibration."),
     ] = None,
     name: Annotated[str | None, typer.Option(help="Name in the manifest; default: the folder's.")] = None,
     verify: Annotated[bool, typer.Option(help="Replay tokens in onnxruntime against torch.")] = True,
@@ -113,6 +113,8 @@ def export(
     from lawcat_edge.runtime.generate.sampling import sampling_defaults
 
     table = load_scheme(scheme, rounding)  # before the slow steps
+    if calibration and rounding is None and not table.exact:
+        table = replace(table, rounding="gptq")
     if push is not None:
         check_name(push)
     asked = {

@@ -9,9 +9,11 @@ import pytest
 from exported import make_bundle, make_student
 
 from lawcat_edge.calibration import gptq
+from lawcat_edge.calibration.calibrate import basis_scheme, hessian_scheme
 from lawcat_edge.calibration.gptq import DAMPING, Gptq, round_rows
 from lawcat_edge.calibration.hessian import Hessians
 from lawcat_edge.config import LawcatConfig
+from lawcat_edge.export.rotation import rotation_of_down
 from lawcat_edge.export.rounding import bounds, grid, nearest
 from lawcat_edge.export.schemes import Linear
 from lawcat_edge.runtime.errors import LawcatError
@@ -98,6 +100,16 @@ def test_an_input_never_seen_is_rounded_all_the_same() -> None:
     assert np.isfinite(zero.quantised).all()
 
 
+def test_hessians_of_rotated_inputs_are_rotated_back() -> None:
+    _, x = problem()
+    matrix = rotation_of_down(72)
+    assert matrix is not None
+    rotated = (x.reshape(len(x), -1, len(matrix)) @ matrix).reshape(x.shape)
+    back = gptq._rotated_back(rotated.T @ rotated, matrix.astype(np.float64))
+    known = x.T @ x
+    assert np.abs(back - known).max() < 1e-5 * np.abs(known).max()
+
+
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("hessians")
@@ -116,6 +128,18 @@ def test_moments_in_small_groups_are_those_of_one_reading(bundle: Path) -> None:
     assert whole.readings == 1
     assert small.readings == len(whole.paths) == 9
     assert len(small._held) == 1  # memory is that of one product
+
+
+@pytest.mark.parametrize("rotate", [False, True])
+def test_hessians_read_in_8_bits_are_those_of_fp32(rotate: bool, tmp_path: Path) -> None:
+    teacher, model, adapter = make_student(tmp_path / "t", config=LawcatConfig(feature_dim=8, window=4))
+    texts = np.random.default_rng(0).integers(0, 257, (2, 600))
+    for name, scheme in (("exact", basis_scheme(rotate)), ("fast", hessian_scheme(rotate))):
+        make_bundle(teacher, model, adapter, tmp_path / name, scheme=scheme)
+    exact, fast = (Hessians(tmp_path / name, texts, 1) for name in ("exact", "fast"))
+    for path in exact.paths:
+        known = exact.of(path)
+        assert np.linalg.norm(fast.of(path) - known) < 0.05 * np.linalg.norm(known), path
 
 
 def test_too_little_text_is_one_sentence(bundle: Path) -> None:
