@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
-from environments import its_turn
+from environments import its_turn, run_demo
 from hypothesis import settings
 from tiny_bundle import build_tiny_bundle
 
@@ -26,24 +26,18 @@ settings.load_profile("patient")
 
 
 @pytest.fixture(scope="session")
-def published(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The published adapter's bundle in a scheme, verified: exported once, for all processes of a run."""
-    from lawcat_edge.adapter import GENERAL
-    from lawcat_edge.cli import run
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """(the folder of ``lawcat-edge demo``, what it printed): run once, for all processes of a test run.
 
+    Its ``bundle`` is the published adapter's in int8, verified.
+    """
     base = tmp_path_factory.getbasetemp()
-    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-
-    def bundle(scheme: str) -> Path:
-        place = base / "published" / scheme
-        place.parent.mkdir(exist_ok=True)
-        with its_turn(place):
-            if not place.is_dir():
-                options = ["--adapter", GENERAL, "--scheme", scheme, "--out", str(place)]
-                assert run(["export", "smollm2", *options]) == 0
-        return place
-
-    return bundle
+    place = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "demo"
+    with its_turn(place):
+        if not (place / "facts.json").is_file():
+            facts = run_demo(place)[0]
+            (place / "facts.json").write_text(json.dumps(facts))
+    return place, json.loads((place / "facts.json").read_text())
 
 
 VARIANTS: dict[str, Any] = {  # of tiny models that the tests of decoding share
