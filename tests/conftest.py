@@ -21,8 +21,18 @@ from tiny_bundle import build_tiny_bundle
 import lawcat_edge  # noqa: F401 (before a test imports onnxruntime: it turns the telemetry off)
 from lawcat_edge.runtime import Model
 
+# Files that take longest begin first, so that no process is left with one at the end.
+SLOWEST = (
+    *("test_main_job", "test_distributed", "test_compare", "test_loops", "test_web", "test_mobile"),
+    *("test_parity", "test_faults", "test_distill", "test_server", "test_exporter", "test_versions"),
+)
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
 @pytest.fixture(scope="session")
