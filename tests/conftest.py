@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,36 +14,40 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
-from environments import its_turn
+from environments import its_turn, run_demo
 from hypothesis import settings
 from tiny_bundle import build_tiny_bundle
 
 import lawcat_edge  # noqa: F401 (before a test imports onnxruntime: it turns the telemetry off)
 from lawcat_edge.runtime import Model
 
+# Files that take longest begin first, so that no process is left with one at the end.
+SLOWEST = (
+    *("test_main_job", "test_distributed", "test_compare", "test_loops", "test_web", "test_mobile"),
+    *("test_parity", "test_faults", "test_distill", "test_server", "test_exporter", "test_versions"),
+)
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
 @pytest.fixture(scope="session")
-def published(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The published adapter's bundle in a scheme, verified: exported once, for all processes of a run."""
-    from lawcat_edge.adapter import GENERAL
-    from lawcat_edge.cli import run
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """(the folder of ``lawcat-edge demo``, what it printed): run once, for all processes of a test run.
 
+    Its ``bundle`` is the published adapter's in int8, verified.
+    """
     base = tmp_path_factory.getbasetemp()
-    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-
-    def bundle(scheme: str) -> Path:
-        place = base / "published" / scheme
-        place.parent.mkdir(exist_ok=True)
-        with its_turn(place):
-            if not place.is_dir():
-                options = ["--adapter", GENERAL, "--scheme", scheme, "--out", str(place)]
-                assert run(["export", "smollm2", *options]) == 0
-        return place
-
-    return bundle
+    place = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "demo"
+    with its_turn(place):
+        if not (place / "facts.json").is_file():
+            facts = run_demo(place)[0]
+            (place / "facts.json").write_text(json.dumps(facts))
+    return place, json.loads((place / "facts.json").read_text())
 
 
 VARIANTS: dict[str, Any] = {  # of tiny models that the tests of decoding share

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from environments import run_demo
 
 from lawcat_edge.adapter import GENERAL, Adapter
 from lawcat_edge.cli import run
@@ -26,8 +24,10 @@ TEXT = (ROOT / "LICENSE").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
-def bundles(published):
-    return {scheme: published(scheme) for scheme in ("fp32", "int8")}
+def bundles(demo, tmp_path_factory):
+    fp32 = tmp_path_factory.mktemp("main") / "fp32"
+    assert run(["export", "smollm2", "--adapter", str(ADAPTER), "--scheme", "fp32", "--out", str(fp32)]) == 0
+    return {"fp32": fp32, "int8": demo[0] / "bundle"}
 
 
 @pytest.fixture(scope="module")
@@ -88,18 +88,11 @@ def test_the_bundle_verifies_answers_and_names_its_source(bundles, capfd):
     assert manifest.source["teacher_sha256"] == resolve("smollm2").sha256
 
 
-def test_demo_runs_anywhere_and_reuses_what_is_there(tmp_path):
-    command = [sys.executable, "-m", "lawcat_edge", "demo", "--out", str(tmp_path / "demo"), "--json"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    results = [
-        subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=400, check=True
-        )
-        for _ in range(2)
-    ]
-    first, second = (json.loads(result.stdout) for result in results)
+def test_demo_runs_anywhere_and_reuses_what_is_there(demo):
+    place, first = demo
+    second, said = run_demo(place)
     assert first["answer"] == second["answer"] != ""
-    assert "from a former run" in results[1].stderr
+    assert "from a former run" in said
     assert first["bundle_bytes"] < 0.35 * first["teacher_bytes"]
 
 

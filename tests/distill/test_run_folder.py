@@ -142,7 +142,10 @@ def test_sampling_goes_on_with_the_tokens_it_would_have_had(
     assert np.array_equal(make(path), whole)
 
 
-def test_a_partial_of_another_plan_or_a_damaged_one_is_not_used(exact: LawcatModel, tmp_path: Path) -> None:
+def test_a_partial_of_another_plan_or_a_damaged_one_is_not_used(
+    exact: LawcatModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sample, "LENGTH", 256)
     path, partial = tmp_path / "s.npy", tmp_path / "s.npy.partial"
 
     def kill(record: dict[str, Any]) -> None:
@@ -150,7 +153,7 @@ def test_a_partial_of_another_plan_or_a_damaged_one_is_not_used(exact: LawcatMod
 
     for damage in ("seed", "bytes", "shape", "token", "state"):
         with pytest.raises(Killed):
-            ensure_samples(exact, byte_tokenizer(), path, 1024, 1, kill)
+            ensure_samples(exact, byte_tokenizer(), path, 256, 1, kill)
         kept = load_file(partial)
         with safe_open(partial, "pt") as file:
             identity = file.metadata()
@@ -164,14 +167,14 @@ def test_a_partial_of_another_plan_or_a_damaged_one_is_not_used(exact: LawcatMod
         assert first_report(exact, path, 2 if damage == "seed" else 1) == 64, damage  # from the start
         path.unlink()
     with pytest.raises(Killed):  # and one that is as it was is used
-        ensure_samples(exact, byte_tokenizer(), path, 1024, 1, kill)
+        ensure_samples(exact, byte_tokenizer(), path, 256, 1, kill)
     assert first_report(exact, path, 1) == 128
 
 
 def first_report(model: LawcatModel, path: Path, seed: int) -> int:
     """Tokens that there were at the first report of sampling."""
     counts: list[int] = []
-    ensure_samples(model, byte_tokenizer(), path, 1024, seed, lambda record: counts.append(record["tokens"]))
+    ensure_samples(model, byte_tokenizer(), path, 256, seed, lambda record: counts.append(record["tokens"]))
     return counts[0]
 
 

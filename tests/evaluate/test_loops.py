@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,7 +36,7 @@ def test_loops_are_found_and_ordinary_text_has_none() -> None:
 
 @pytest.mark.slow
 def test_the_published_adapters_sampling_keeps_it_from_looping(
-    published: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    demo: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Questions that greedy decoding answers with a loop within 200 tokens."""
     questions = (
@@ -50,7 +50,7 @@ def test_the_published_adapters_sampling_keeps_it_from_looping(
     )
     asked = [q for q in sampling.QUESTIONS if any(words in q for words in questions)]
     monkeypatch.setattr(sampling, "QUESTIONS", asked)
-    model = Model.load(published("int8"))
+    model = Model.load(demo[0] / "bundle")
     own = {name: value for name, value in asdict(model.sampling_defaults()).items() if name != "seed"}
     assert {name: own[name] for name in ("temperature", "min_p", "repetition_penalty")} == {
         name: Adapter.load(GENERAL).generation[name]

@@ -80,3 +80,14 @@ def run(python: Path, script: str, *arguments: Path | str) -> Any:
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def run_demo(out: Path) -> tuple[dict[str, Any], str]:
+    """(what ``lawcat-edge demo`` prints, what it says meanwhile), run in the folder above `out`."""
+    command = [sys.executable, "-m", "lawcat_edge", "demo", "--out", str(out), "--json"]
+    done = subprocess.run(
+        command, cwd=out.parent, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=400, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout), done.stderr

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from triton_interpreter import assert_close, is_interpreted
+from triton_interpreter import assert_close, is_interpreted, poisoned  # noqa: F401 (a fixture)
 
 from lawcat_edge.ops.conv import conv_feature, next_buffer
 from lawcat_edge.ops.conv.naive import conv_feature_naive

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 pytest.importorskip("triton")
-from triton_interpreter import assert_close, is_interpreted
+from triton_interpreter import assert_close, is_interpreted, poisoned  # noqa: F401 (a fixture)
 
 from lawcat_edge.ops.gla import normalised_gla, triton_kernels
 from lawcat_edge.ops.gla.naive import gla_naive

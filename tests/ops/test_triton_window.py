@@ -4,7 +4,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from triton_interpreter import assert_close, is_interpreted
+from triton_interpreter import assert_close, is_interpreted, poisoned  # noqa: F401 (a fixture)
 
 from lawcat_edge.ops.window.naive import window_naive
 from lawcat_edge.ops.window.triton import forward_kernel, window_triton
