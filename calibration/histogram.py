@@ -7,16 +7,31 @@ one. So two histograms of the same tensor merge without loss, in any order.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from msgspec import Meta, Struct
 
+from lawcat_edge.runtime import schema
 from lawcat_edge.runtime.errors import LawcatError
 
 BINS = 2048
 METHODS = ("minmax", "percentile", "entropy", "mse")
 _ENTROPY_BINS = 512  # onnxruntime's search takes time with the square of them
 _LEAST, _MOST = -60, 100  # exponents
+
+
+_Value = Annotated[float, Meta(ge=-(2.0**_MOST), le=2.0**_MOST)]
+
+
+class _Stored(Struct, forbid_unknown_fields=True):
+    """The JSON of a histogram."""
+
+    low: _Value
+    high: _Value
+    exponent: Annotated[int, Meta(ge=_LEAST, le=_MOST)]
+    first: Annotated[int, Meta(ge=0, le=BINS)]
+    counts: list[Annotated[int, Meta(ge=0, lt=1 << 53)]]
 
 
 class Histogram:
@@ -136,19 +151,17 @@ class Histogram:
     @classmethod
     def from_dict(cls, data: Any, name: str) -> Histogram:
         """Check every field; LawcatError names the tensor."""
-        wrong = LawcatError(f"The range of {name!r} is damaged; calibrate again.")
-        if not isinstance(data, dict) or set(data) != {"low", "high", "exponent", "first", "counts"}:
-            raise wrong
-        low, high, exponent, first, counts = (data[k] for k in ("low", "high", "exponent", "first", "counts"))
-        numbers = all(type(x) in (int, float) and math.isfinite(x) for x in (low, high))
-        whole = type(exponent) is int and type(first) is int and isinstance(counts, list)
-        if not numbers or not whole or not _LEAST <= exponent <= _MOST or not low <= high:
-            raise wrong
-        if not counts or not all(type(n) is int and 0 <= n < 1 << 53 for n in counts):
-            raise wrong
-        if first < 0 or first + len(counts) > BINS or max(-low, high) > 2.0**exponent or not any(counts):
-            raise wrong
+
+        def wrong(where: str, problem: str) -> LawcatError:
+            return LawcatError(f"The range of {name!r} is damaged ({where} {problem}); calibrate again.")
+
+        stored = schema.convert(data, _Stored, wrong)
+        low, high, first, counts = stored.low, stored.high, stored.first, stored.counts
+        if not low <= high or max(-low, high) > 2.0**stored.exponent:
+            raise wrong("low", "and high do not fit the exponent")
+        if first + len(counts) > BINS or not any(counts):
+            raise wrong("counts", "do not fit the bins")
         found = cls()
-        found.low, found.high, found.exponent = float(low), float(high), exponent
+        found.low, found.high, found.exponent = low, high, stored.exponent
         found.counts[first : first + len(counts)] = counts
         return found

@@ -18,12 +18,14 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from msgspec import Meta, Struct
 
 from lawcat_edge.calibration.histogram import Histogram
 from lawcat_edge.calibration.probes import Probed
+from lawcat_edge.runtime import schema
 from lawcat_edge.runtime.bundle.manifest import Bundle
 from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.runtime.files import read_json, write_json
@@ -115,35 +117,40 @@ class Ranges:
     @classmethod
     def load(cls, path: Path | str) -> Ranges:
         """Read and check a file of ``save``. Raises LawcatError."""
-        data = read_json(Path(path))
-        wrong = LawcatError(f"{path} holds no activation ranges of this version; calibrate again.")
-        keys = {"format", "measured_on", "tokens", "texts", "segment", "tensors"}
-        if not isinstance(data, dict) or set(data) != keys or data["format"] != FORMAT:
-            raise wrong
-        if type(data["tokens"]) is int and not 0 <= data["tokens"] < 1 << 53:
-            raise LawcatError(f"{path}: field 'tokens' is out of range; calibrate again.")
-        basis, texts = data["measured_on"], data["texts"]
-        if not isinstance(basis, dict) or not set(_BASIS) <= set(basis) or type(data["tokens"]) is not int:
-            raise wrong
-        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-            raise wrong
-        if not isinstance(data["tensors"], dict) or data["segment"] != SEGMENT:
-            raise wrong
-        found = cls(basis, tokens=data["tokens"], texts=texts)
-        for name, entry in data["tensors"].items():
-            segments = entry.pop("segments", None) if isinstance(entry, dict) else None
-            if not isinstance(segments, list) or not segments:
-                raise LawcatError(f"{path}: {name[:100]!r} has no segments; calibrate again.")
-            if not all(type(x) in (int, float) and 0 <= x < 1e30 for x in segments):
-                raise LawcatError(
-                    f"{path}: {name[:100]!r} has a wrong number in its segments; calibrate again."
-                )
+
+        def wrong(where: str, problem: str) -> LawcatError:
+            problem = f"{where[:100]} {problem}"
+            return LawcatError(
+                f"{path} holds no activation ranges of this version: {problem}; calibrate again."
+            )
+
+        data = schema.convert(read_json(Path(path)), _Document, wrong)
+        missing = sorted(set(_BASIS) - set(data.measured_on))
+        if missing:
+            raise wrong(f"measured_on.{missing[0]}", "is missing")
+        found = cls(data.measured_on, tokens=data.tokens, texts=data.texts)
+        for name, entry in data.tensors.items():
+            segments = entry.pop("segments", None)
+            found.segments[name] = schema.convert(segments, _Segments, wrong, f"tensors.{name}.segments")
             try:
-                found.tensors[name] = Histogram.from_dict(entry, name)
+                found.tensors[name] = Histogram.from_dict(entry, name[:100])
             except LawcatError as error:
                 raise LawcatError(f"{path}: {error}") from None
-            found.segments[name] = [float(x) for x in segments]
         return found
+
+
+_Segments = Annotated[list[Annotated[float, Meta(ge=0.0, lt=1e30)]], Meta(min_length=1)]
+
+
+class _Document(Struct, forbid_unknown_fields=True):
+    """The JSON of a file of ranges; a tensor's entry is a histogram's, and its segments."""
+
+    format: Literal[1]
+    measured_on: dict[str, Any]
+    tokens: Annotated[int, Meta(ge=0, lt=1 << 53)]
+    texts: list[str]
+    segment: Literal[512]
+    tensors: dict[str, dict[str, Any]]
 
 
 def measure_ranges(

@@ -31,47 +31,42 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Annotated, Any, Literal, get_args
 
+from msgspec import Meta, Struct
+
+from lawcat_edge.runtime import schema
 from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.runtime.files import read_json, user_path
 
-LINEARS = ("qkv", "o", "gate_up", "down", "head")
-KINDS = ("fp32", "nbits", "dynamic", "static")
-METHODS = ("minmax", "percentile", "entropy", "mse")
-ROUNDINGS = ("nearest", "gptq")
+_Name = Literal["qkv", "o", "gate_up", "down", "head"]
+Kind = Literal["fp32", "nbits", "dynamic", "static"]
+Method = Literal["minmax", "percentile", "entropy", "mse"]
+Rounding = Literal["nearest", "gptq"]
+Block = Literal[16, 32, 64, 128, 256]
+LINEARS: tuple[str, ...] = get_args(_Name)
+METHODS: tuple[str, ...] = get_args(Method)
+ROUNDINGS: tuple[str, ...] = get_args(Rounding)
 
 
 @dataclass(frozen=True)
 class Linear:
     """How one kind of matrix product is stored and computed."""
 
-    kind: str
-    bits: int = 8
-    block: int = 32
-    accuracy: int = 4
+    kind: Kind
+    bits: Literal[4, 7, 8] = 8
+    block: Block = 32
+    accuracy: Literal[0, 4] = 4
     offsets: bool = False
-    method: str = "minmax"
+    method: Method = "minmax"
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise LawcatError(
-                f"Unknown product {self.kind!r} in the scheme; choose one of {', '.join(KINDS)}."
-            )
-        allowed: dict[str, tuple[int, ...]] = {
-            "bits": (4, 8) if self.kind == "nbits" else (7, 8),
-            "block": (16, 32, 64, 128, 256),
-            "accuracy": (0, 4),
-        }
-        for name, values in allowed.items():
-            if getattr(self, name) not in values or type(getattr(self, name)) is not int:
-                raise LawcatError(
-                    f"{name} of a product must be one of {list(values)}, not {getattr(self, name)!r}."
-                )
-        if type(self.offsets) is not bool or (self.offsets and (self.kind, self.bits) != ("nbits", 4)):
-            raise LawcatError("offsets of a product can be true only where it is nbits with 4 bits.")
-        if self.method not in METHODS:
-            raise LawcatError(f"method of a product must be one of {list(METHODS)}, not {self.method!r}.")
+        schema.check_fields(self, _wrong_product)
+        bits = (4, 8) if self.kind == "nbits" else (7, 8)
+        if self.bits not in bits:
+            raise _wrong_product("bits", f"must be one of {list(bits)} where it is {self.kind}")
+        if self.offsets and (self.kind, self.bits) != ("nbits", 4):
+            raise _wrong_product("offsets", "can be true only where it is nbits with 4 bits")
 
     @property
     def rotates_input(self) -> bool:
@@ -84,12 +79,10 @@ class Linear:
 
     def fitted(self, width: int) -> Linear:
         """The same with the largest block that divides width (what has no room for padding)."""
-        block = self.block
-        while self.kind == "nbits" and width % block:
-            if block == 16:
-                return Linear("fp32")
-            block //= 2
-        return replace(self, block=block)
+        if self.kind != "nbits":
+            return self
+        fitting = [block for block in get_args(Block) if block <= self.block and width % block == 0]
+        return replace(self, block=max(fitting)) if fitting else Linear("fp32")
 
     def to_dict(self) -> dict[str, Any]:
         keys = {
@@ -158,47 +151,60 @@ class Scheme:
     @classmethod
     def from_dict(cls, data: Any) -> Scheme:
         """Check every field; LawcatError names the first that is wrong."""
-        keys = {"name", "products", "embedding", "max_rel_err", "max_kl", "rotate"}
-        if not isinstance(data, dict) or set(data) - {"rounding", "layers"} != keys:
-            raise LawcatError(f"A scheme is a JSON object with the keys {', '.join(sorted(keys))}.")
-        if not isinstance(data["name"], str) or not 0 < len(data["name"]) <= 64:
-            raise LawcatError("The scheme's name must be a text of 1 to 64 characters.")
-        if not isinstance(data["products"], dict) or set(data["products"]) != set(LINEARS):
-            raise LawcatError(f"The scheme's products must be exactly {', '.join(LINEARS)}.")
-        for key in ("max_rel_err", "max_kl"):
-            if type(data[key]) not in (int, float) or not 0 < data[key] < 1e6:
-                raise LawcatError(f"The scheme's {key} must be a positive number, not {data[key]!r}.")
-        products = {name: _linear(data["products"][name]) for name in LINEARS}
-        embedding = _linear(data["embedding"])
+        found = schema.convert(data, _Document, _wrong)
+        products: dict[str, Linear] = {name: _linear(found.products[name]) for name in get_args(_Name)}
+        embedding = _linear(found.embedding)
         if embedding.kind not in ("fp32", "nbits") or embedding.offsets:
             raise LawcatError("The embedding can be fp32 or nbits without offsets; change it in the scheme.")
         if products["head"].kind == "static" or products["head"].offsets:
             raise LawcatError("The head can be fp32, nbits without offsets or dynamic; change the scheme.")
-        rounding = data.get("rounding", "nearest")
-        if rounding not in ROUNDINGS:
-            raise LawcatError(f"The scheme's rounding must be one of {list(ROUNDINGS)}, not {rounding!r}.")
-        if type(data["rotate"]) is not bool:
-            raise LawcatError(f"The scheme's rotate must be true or false, not {data['rotate']!r}.")
-        bounds = float(data["max_rel_err"]), float(data["max_kl"])
-        layers = _layers(data.get("layers", {}))
-        return cls(data["name"], products, embedding, *bounds, data["rotate"], rounding, layers)
+        layers: dict[int, dict[str, Linear]] = {
+            int(i): {name: _linear(product) for name, product in own.items()}
+            for i, own in schema.convert(found.layers, _Layers, _wrong_layers).items()
+        }
+        bounds = found.max_rel_err, found.max_kl
+        return cls(found.name, products, embedding, *bounds, found.rotate, found.rounding, layers)
 
 
-def _layers(data: Any) -> dict[int, dict[str, Linear]]:
-    body = set(LINEARS) - {"head"}
-    wrong = LawcatError('The scheme\'s layers are an object such as {"0": {"down": {"kind": "fp32"}}}.')
-    if not isinstance(data, dict) or not all(i.isdecimal() and len(i) < 6 for i in data):
-        raise wrong
-    if not all(isinstance(own, dict) and set(own) <= body for own in data.values()):
-        raise wrong
-    return {int(i): {name: _linear(own[name]) for name in own} for i, own in data.items()}
+_Bound = Annotated[float, Meta(gt=0.0, lt=1e6)]
+_Products = Annotated[
+    dict[_Name, dict[str, Any]],
+    Meta(min_length=5, max_length=5, description=f"exactly {', '.join(LINEARS)}, each a product"),
+]
+_Layers = dict[
+    Annotated[str, Meta(pattern=r"^[0-9]{1,5}\Z")],
+    dict[Literal["qkv", "o", "gate_up", "down"], dict[str, Any]],
+]
 
 
-def _linear(data: Any) -> Linear:
-    known = {"kind", "bits", "block", "accuracy", "offsets", "method"}
-    if not isinstance(data, dict) or not set(data) <= known or "kind" not in data:
-        raise LawcatError(f"A product is an object such as {{'kind': 'fp32'}}, not {data!r}.")
-    return Linear(**data)
+class _Document(Struct, forbid_unknown_fields=True):
+    """The JSON of a scheme."""
+
+    name: Annotated[str, Meta(min_length=1, max_length=64)]
+    products: _Products
+    embedding: dict[str, Any]
+    max_rel_err: _Bound
+    max_kl: _Bound
+    rotate: bool
+    rounding: Rounding = "nearest"
+    layers: Any = {}  # see _Layers
+
+
+def _wrong(where: str, problem: str) -> LawcatError:
+    keys = ", ".join(_Document.__struct_fields__)
+    return LawcatError(f"The scheme's {where} {problem}; its keys are {keys}.")
+
+
+def _wrong_product(where: str, problem: str) -> LawcatError:
+    return LawcatError(f"{where} of a product {problem}; change it in the scheme.")
+
+
+def _wrong_layers(where: str, problem: str) -> LawcatError:
+    return LawcatError('The scheme\'s layers are an object such as {"0": {"down": {"kind": "fp32"}}}.')
+
+
+def _linear(data: dict[str, Any]) -> Linear:
+    return schema.build(data, Linear, _wrong_product, "The entry")
 
 
 def _table(

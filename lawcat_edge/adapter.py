@@ -20,11 +20,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from msgspec import Struct
 
 from lawcat_edge.config import LawcatConfig
 from lawcat_edge.families import Geometry
 from lawcat_edge.lora import LoraSettings
 from lawcat_edge.parameters import parameter_shapes
+from lawcat_edge.runtime import schema
 from lawcat_edge.runtime.bundle.hub import located
 from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.runtime.files import (
@@ -52,6 +54,19 @@ def little_training(tokens: int | None) -> str | None:
     if tokens is None or tokens >= LITTLE_TOKENS:
         return None
     return f"trained on {tokens:,} tokens only, below {LITTLE_TOKENS:,}: it will hardly write sense"
+
+
+class _Document(Struct):
+    """The JSON of lawcat_config.json."""
+
+    format: int
+    lawcat: dict[str, Any]
+    geometry: dict[str, Any]
+    teacher: str
+    teacher_sha256: str
+    training: dict[str, Any]
+    tensors_sha256: str
+    lora: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -179,29 +194,27 @@ class Adapter:
             raise LawcatError(
                 f"{folder} is no adapter: it has no lawcat_config.json; make one with lawcat-edge distill."
             )
-        data = read_json(member(path.name))
-        check = functools.partial(_field, data, path)
-        if check("format", int) != FORMAT:
+        data = schema.convert(read_json(member(path.name)), _Document, functools.partial(_wrong, path))
+        if data.format != FORMAT:
             raise LawcatError(
-                f"{path} has format {data['format']}, this version reads {FORMAT}; update lawcat-edge."
+                f"{path} has format {data.format}, this version reads {FORMAT}; update lawcat-edge."
             )
         for name in ("teacher", "teacher_sha256"):
-            if not check(name, str).isprintable():
+            if not getattr(data, name).isprintable():
                 raise LawcatError(f"{path}: field {name!r} holds control characters; copy the adapter anew.")
         if not (folder / "adapter.safetensors").exists():
             raise LawcatError(f"{folder} has no adapter.safetensors; copy the whole adapter folder.")
         file = member("adapter.safetensors")
         generation = (folder / GENERATION_CONFIG).exists() and read_json(member(GENERATION_CONFIG))
-        lora = data.get("lora")
         empty = cls(
-            config=_within(path, "lawcat", LawcatConfig.from_dict, check("lawcat", dict)),
-            geometry=_within(path, "geometry", Geometry.from_dict, check("geometry", dict)),
-            teacher=check("teacher", str),
-            teacher_sha256=check("teacher_sha256", str),
+            config=_within(path, "lawcat", LawcatConfig.from_dict, data.lawcat),
+            geometry=_within(path, "geometry", Geometry.from_dict, data.geometry),
+            teacher=data.teacher,
+            teacher_sha256=data.teacher_sha256,
             tensors={},
-            lora=None if lora is None else _within(path, "lora", LoraSettings.from_dict, lora),
-            training=check("training", dict),
-            sha256=check("tensors_sha256", str),
+            lora=None if data.lora is None else _within(path, "lora", LoraSettings.from_dict, data.lora),
+            training=data.training,
+            sha256=data.tensors_sha256,
             generation=generation if isinstance(generation, dict) else {},
         )
         _within(path, "lawcat", empty.config.check_geometry, empty.geometry)
@@ -216,13 +229,8 @@ def adapter_folder(name: str | Path) -> Path:
     return located(name)
 
 
-def _field(data: Any, path: Path, name: str, kind: type) -> Any:
-    value = data.get(name) if isinstance(data, dict) else None
-    if type(value) is not kind:
-        raise LawcatError(
-            f"{path}: field {name!r} is missing or is no {kind.__name__}; copy the adapter anew."
-        )
-    return value
+def _wrong(path: Path, where: str, problem: str) -> LawcatError:
+    return LawcatError(f"{path}: field {where!r} {problem}; copy the adapter anew.")
 
 
 def _within(path: Path, name: str, make: Callable[[Any], Any], value: Any) -> Any:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any
 
+from msgspec import Meta
+
+from lawcat_edge.runtime import schema
 from lawcat_edge.runtime.bundle.limits import (
     LAYER_TYPES,
     MAX_FEATURES,
@@ -14,7 +17,8 @@ from lawcat_edge.runtime.bundle.limits import (
     MAX_SPAN,
     MAX_TAPS,
     MAX_WINDOW,
-    WINDOW_SCALINGS,
+    LayerType,
+    WindowScaling,
 )
 from lawcat_edge.runtime.bundle.span import Span
 from lawcat_edge.runtime.errors import LawcatError
@@ -45,51 +49,22 @@ class LawcatConfig:
         by its largest score. ``softmax``: its softmax output, with a weight of one.
     """
 
-    conv_kernel: int = 4
-    feature_dim: int = 32
-    gate_rank: int = 16
-    gate_divisor: float = 16.0
-    window: int = 0
+    conv_kernel: Annotated[int, Meta(ge=2, le=MAX_TAPS)] = 4
+    feature_dim: Annotated[int, Meta(ge=1, le=MAX_FEATURES)] = 32
+    gate_rank: Annotated[int, Meta(ge=1, le=1024)] = 16
+    # Far below 1e-30 float32 has no eps left, and a normaliser of zero would divide.
+    gate_divisor: Annotated[float, Meta(ge=1e-3, lt=1e6)] = 16.0
+    window: Annotated[int, Meta(ge=0, le=MAX_WINDOW)] = 0
     rope: bool = False
-    eps: float = 1e-6
-    layer_types: tuple[str, ...] = ()
-    attention_span: int = 0
-    attention_sinks: int = 0
-    window_scaling: str = "max_score"
+    eps: Annotated[float, Meta(ge=1e-30, lt=1e6)] = 1e-6
+    layer_types: Annotated[tuple[LayerType, ...], Meta(max_length=MAX_LAYERS)] = ()
+    attention_span: Annotated[int, Meta(ge=0, le=MAX_SPAN)] = 0
+    attention_sinks: Annotated[int, Meta(ge=0, le=MAX_SINKS)] = 0
+    window_scaling: WindowScaling = "max_score"
 
     def __post_init__(self) -> None:
-        limits = {
-            "conv_kernel": (2, MAX_TAPS),
-            "feature_dim": (1, MAX_FEATURES),
-            "gate_rank": (1, 1024),
-            "window": (0, MAX_WINDOW),
-            "attention_span": (0, MAX_SPAN),
-            "attention_sinks": (0, MAX_SINKS),
-        }
-        for name, (low, high) in limits.items():
-            value = getattr(self, name)
-            if type(value) is not int or not low <= value <= high:
-                raise LawcatError(f"{name} must be a whole number from {low} to {high}, not {value!r}.")
-        if type(self.rope) is not bool:
-            raise LawcatError(f"rope must be true or false, not {self.rope!r}.")
-        # Far below 1e-30 float32 has no eps left, and a normaliser of zero would divide.
-        for name, least in (("gate_divisor", 1e-3), ("eps", 1e-30)):
-            value = getattr(self, name)
-            if type(value) not in (int, float) or not least <= value < 1e6:
-                raise LawcatError(f"{name} must be a number from {least:g} to 1e6, not {value!r}.")
-        if self.window_scaling not in WINDOW_SCALINGS:
-            raise LawcatError(
-                f"window_scaling must be one of {', '.join(WINDOW_SCALINGS)}, not {self.window_scaling!r}."
-            )
-        self._check_layer_types()
-
-    def _check_layer_types(self) -> None:
+        schema.check_fields(self, _wrong)
         kinds = self.layer_types
-        if type(kinds) is not tuple or len(kinds) > MAX_LAYERS:
-            raise LawcatError(f"layer_types must be a list of at most {MAX_LAYERS} names.")
-        odd = next((kind for kind in kinds if kind not in (LINEAR, FULL)), None)
-        if odd is not None:
-            raise LawcatError(f"layer_types must name {LINEAR} or {FULL}, not {odd!r}.")
         if kinds and LINEAR not in kinds:
             raise LawcatError("All layers keep full attention, which is the teacher itself; name fewer.")
         if (FULL in kinds) != (self.attention_span > 0):
@@ -173,14 +148,10 @@ class LawcatConfig:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> LawcatConfig:
-        if not isinstance(data, dict):
-            raise LawcatError("The LAWCAT config must be a JSON object; the file is damaged.")
-        known = {field.name for field in fields(cls)}
-        unknown = sorted(set(data) - known)
-        if unknown:
-            raise LawcatError(
-                f"Unknown setting {unknown[0]!r} in the LAWCAT config; known are {sorted(known)}."
-            )
-        if isinstance(data.get("layer_types"), list):  # JSON has no tuples
+        if isinstance(data, dict) and isinstance(data.get("layer_types"), list):  # JSON has no tuples
             data = {**data, "layer_types": tuple(data["layer_types"])}
-        return cls(**data)
+        return schema.build(data, cls, _wrong, "The LAWCAT config")
+
+
+def _wrong(where: str, problem: str) -> LawcatError:
+    return LawcatError(f"{where} {problem}; change it or copy the file anew.")

@@ -6,11 +6,13 @@ under rotary embedding, and its MLP is SwiGLU behind RMSNorm. Anything else is r
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
 
 import numpy as np
+from msgspec import Meta
 
+from lawcat_edge.runtime import schema
 from lawcat_edge.runtime.bundle.limits import GEOMETRY
 from lawcat_edge.runtime.engine.rotary import ROPE_TYPES, UnknownScalingError, scaled_frequencies
 from lawcat_edge.runtime.errors import LawcatError
@@ -28,57 +30,36 @@ class Geometry:
     """
 
     family: str
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    intermediate_size: int
-    vocab_size: int
+    hidden_size: Annotated[int, Meta(ge=1, le=GEOMETRY["hidden_size"])]
+    num_layers: Annotated[int, Meta(ge=1, le=GEOMETRY["num_layers"])]
+    num_heads: Annotated[int, Meta(ge=1, le=GEOMETRY["num_heads"])]
+    num_kv_heads: Annotated[int, Meta(ge=1, le=GEOMETRY["num_kv_heads"])]
+    head_dim: Annotated[int, Meta(ge=1, le=GEOMETRY["head_dim"])]
+    intermediate_size: Annotated[int, Meta(ge=1, le=1 << 20)]
+    vocab_size: Annotated[int, Meta(ge=1, le=GEOMETRY["vocab_size"])]
     tie_embeddings: bool
-    rms_norm_eps: float
-    rope_theta: float
-    rope_scaling: dict[str, Any] | None = None
+    rms_norm_eps: Annotated[float, Meta(ge=1e-30, le=1.0)]
+    rope_theta: Annotated[float, Meta(ge=1.0, le=1e12)]
+    rope_scaling: Any = None  # ``inv_freq`` checks it
     attention_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
-    sliding_window: int | None = None
-    max_positions: int = 2048
+    sliding_window: Annotated[int, Meta(ge=1)] | None = None
+    max_positions: Annotated[int, Meta(ge=1, le=1 << 31)] = 2048
 
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
             raise LawcatError(
                 f"The {self.family!r} family is not supported; take a teacher of {', '.join(FAMILIES)}."
             )
-        limits = {**GEOMETRY, "intermediate_size": 1 << 20, "max_positions": 1 << 31}
-        for name, high in limits.items():
-            value = getattr(self, name)
-            if type(value) is not int or not 1 <= value <= high:
-                raise LawcatError(
-                    f"{name} must be a whole number from 1 to {high}, not {value!r}; check config.json."
-                )
+        schema.check_fields(self, _wrong)
         if self.num_heads % self.num_kv_heads:
             raise LawcatError(
                 f"{self.num_heads} heads are no multiple of {self.num_kv_heads} kv heads; check config.json."
             )
         if self.head_dim % 2:
             raise LawcatError(f"head_dim must be even for the rotary embedding, not {self.head_dim}.")
-        for name in ("tie_embeddings", "attention_bias", "output_bias", "mlp_bias", "qk_norm"):
-            if type(getattr(self, name)) is not bool:
-                raise LawcatError(
-                    f"{name} must be true or false, not {getattr(self, name)!r}; check config.json."
-                )
-        for name in ("rms_norm_eps", "rope_theta"):
-            value = getattr(self, name)
-            least, most = (1.0, 1e12) if name == "rope_theta" else (1e-30, 1.0)
-            if type(value) not in (int, float) or not least <= value <= most:
-                raise LawcatError(
-                    f"{name} must be from {least:g} to {most:g}, not {value!r}; check config.json."
-                )
-        window = self.sliding_window
-        if window is not None and (type(window) is not int or window < 1):
-            raise LawcatError(f"sliding_window must be a positive whole number or absent, not {window!r}.")
         self.inv_freq()  # refuses an unknown or incomplete rope_scaling now
 
     @property
@@ -119,16 +100,7 @@ class Geometry:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Geometry:
         """From JSON; an unknown or missing key is the user's error."""
-        if not isinstance(data, dict):
-            raise LawcatError("The geometry must be a JSON object; the file is damaged.")
-        known = {field.name for field in fields(cls)}
-        unknown = sorted(set(data) - known)
-        if unknown:
-            raise LawcatError(f"Unknown key {unknown[0]!r} in the geometry; this file needs another version.")
-        try:
-            return cls(**data)
-        except TypeError as error:
-            raise LawcatError(f"The geometry is incomplete ({error}); the file is damaged.") from None
+        return schema.build(data, cls, _wrong, "The geometry")
 
     @classmethod
     def from_hf(cls, config: Any) -> Geometry:
@@ -204,3 +176,7 @@ def _own_window(family: str, data: dict[str, Any]) -> int | None:
             "A teacher that mixes sliding and full attention is not supported; take another one."
         )
     return int(window) if kinds[0] == "sliding_attention" else None
+
+
+def _wrong(where: str, problem: str) -> LawcatError:
+    return LawcatError(f"{where} {problem}; check config.json, or copy the file anew.")

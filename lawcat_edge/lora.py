@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta
 
 from lawcat_edge.families import Geometry
+from lawcat_edge.runtime import schema
 from lawcat_edge.runtime.errors import LawcatError
 
 ATTENTION_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -16,15 +19,12 @@ ALL_LINEAR = (*ATTENTION_TARGETS, "gate_proj", "up_proj", "down_proj")
 class LoraSettings:
     """W x + alpha / rank * B A x on every target projection, A [rank, in], B [out, rank]."""
 
-    rank: int
-    alpha: float
+    rank: Annotated[int, Meta(ge=1, le=4096)]
+    alpha: Annotated[float, Meta(ge=0.0, le=1e6)]
     targets: tuple[str, ...] = ATTENTION_TARGETS
 
     def __post_init__(self) -> None:
-        if type(self.rank) is not int or not 0 < self.rank <= 4096:
-            raise LawcatError(f"The rank of low-rank updates must be from 1 to 4096, not {self.rank!r}.")
-        if type(self.alpha) not in (int, float) or not 0 <= self.alpha <= 1e6:
-            raise LawcatError(f"alpha of low-rank updates must be from 0 to 1e6, not {self.alpha!r}.")
+        schema.check_fields(self, _wrong)
         known = [name for name in ALL_LINEAR if name in self.targets]
         if not known or sorted(known) != sorted(self.targets):
             raise LawcatError(
@@ -61,12 +61,13 @@ class LoraSettings:
     @classmethod
     def from_dict(cls, data: Any) -> LoraSettings:
         """From JSON; adapters of before 2026-11-26 name no targets and have those of attention."""
-        if not isinstance(data, dict) or not {"rank", "alpha"} <= set(data) <= {"rank", "alpha", "targets"}:
-            raise LawcatError("the low-rank updates must hold rank, alpha and targets.")
-        targets = data.get("targets", list(ATTENTION_TARGETS))
-        if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets):
-            raise LawcatError("the targets of low-rank updates must be a list of names.")
-        return cls(data["rank"], data["alpha"], tuple(targets))
+        if isinstance(data, dict) and isinstance(data.get("targets"), list):  # JSON has no tuples
+            data = {**data, "targets": tuple(data["targets"])}
+        return schema.build(data, cls, _wrong, "The low-rank updates")
+
+
+def _wrong(where: str, problem: str) -> LawcatError:
+    return LawcatError(f"{where} of the low-rank updates {problem}; change it or copy the file anew.")
 
 
 def parse_targets(text: str) -> tuple[str, ...]:

@@ -9,18 +9,24 @@ The data position needs no file: sequences are a function of seed and index, and
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from msgspec import Meta
 from torch import Tensor, nn
 
 from lawcat_edge.distill.parallel import shard_like, whole
 from lawcat_edge.distill.run_folder import check_facts
+from lawcat_edge.runtime import schema
 from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.runtime.files import atomic_folder, read_json, sha256_file, write_json
 
 FORMAT = 1
+_Count = Annotated[int, Meta(ge=0, lt=1 << 60)]
+_Stage = Annotated[str, Meta(pattern=r"^(transfer|finetune)\Z", description="transfer or finetune")]
+_Number = Annotated[float, Meta(ge=0.0)]
 
 
 @dataclass
@@ -28,12 +34,12 @@ class Progress:
     """Where a run stands. best: smallest smoothed loss of the stage so far (the guard's yardstick);
     finished: tokens, seconds and loss of the stages before."""
 
-    stage: str
-    step: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-    smoothed: float = 0.0
-    best: float = float("inf")
+    stage: _Stage
+    step: _Count = 0
+    tokens: _Count = 0
+    seconds: _Number = 0.0
+    smoothed: _Number = 0.0
+    best: _Number = float("inf")
     finished: dict[str, Any] = field(default_factory=dict)
 
 
@@ -78,23 +84,18 @@ def read_progress(folder: Path, facts: dict[str, Any]) -> Progress:
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise LawcatError(f"{folder} is no checkpoint of this version; remove it and start the run anew.")
     check_facts(data, facts, folder)
-    try:
-        values = dict(data["progress"])
-        if values["best"] is None:
-            values["best"] = float("inf")
-        progress = Progress(**values)
-    except (KeyError, TypeError, ValueError) as error:
-        raise LawcatError(f"{folder}/state.json is damaged ({error}); remove it and start anew.") from None
-    whole = all(type(n) is int and 0 <= n < 1 << 60 for n in (progress.step, progress.tokens))
-    numbers = (progress.seconds, progress.smoothed, progress.best)
-    known = progress.stage in ("transfer", "finetune") and isinstance(progress.finished, dict)
-    if not whole or not known or not all(map(_is_number, numbers)):
-        raise LawcatError(f"{folder}/state.json is damaged (field 'progress'); remove it and start anew.")
+    values, refuse = data.get("progress"), partial(_damaged, folder)
+    if isinstance(values, dict):
+        if "best" not in values:
+            raise refuse("best", "is missing")
+        values = {**values, "best": float("inf") if values["best"] is None else values["best"]}  # as written
+    progress = schema.build(values, Progress, refuse, "progress")
+    schema.check_fields(progress, refuse)
     return progress
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and value >= 0
+def _damaged(folder: Path, where: str, problem: str) -> LawcatError:
+    return LawcatError(f"{folder}/state.json is damaged ({where} {problem}); remove it and start anew.")
 
 
 def load_tensors(
@@ -114,9 +115,8 @@ def load_tensors(
         tensors = load_file(file)
     except SafetensorError as error:
         raise LawcatError(f"{file} is damaged ({error}); remove {folder} and start anew.") from None
-    steps = data.get("optimizer_steps", {})
-    if not isinstance(steps, dict) or not all(map(_is_number, steps.values())):
-        raise LawcatError(f"{folder}/state.json is damaged (optimizer_steps); remove it and start anew.")
+    refuse = partial(_damaged, folder)
+    steps = schema.convert(data.get("optimizer_steps", {}), dict[str, _Number], refuse, "optimizer_steps")
     with torch.no_grad():
         for name, parameter in parameters.items():
             moments = [f"{kind}/{name}" for kind in ("exp_avg", "exp_avg_sq")] if name in steps else []

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from msgspec import Meta
+
+from lawcat_edge.runtime import schema
 from lawcat_edge.runtime.bundle.limits import MAX_FEATURES, MAX_SINKS, MAX_SPAN, MAX_TAPS, MAX_WINDOW
 from lawcat_edge.runtime.errors import LawcatError
 
@@ -88,7 +91,7 @@ class DistillSettings:
         if self.precision not in ("auto", "fp32", "bf16"):
             raise LawcatError(f"precision must be auto, fp32 or bf16, not {self.precision!r}.")
         for one in fields(self):
-            _check(one.name, getattr(self, one.name), type(one.default), one.metadata["limits"])
+            schema.convert(getattr(self, one.name), _kind(one), _wrong, one.name)
         parse_targets(self.lora_targets)
         FullAttention.parse(self.full_attention)
         if self.kl_weight + self.ce_weight <= 0:
@@ -110,20 +113,17 @@ class DistillSettings:
         return replace(self, **changes)
 
 
-def _check(name: str, value: Any, kind: type, limits: tuple[float, ...]) -> None:
-    """Raise LawcatError for a value of another type than the default's, or beyond the limits."""
-    if kind is bool and type(value) is not bool:
-        raise LawcatError(f"{name} must be true or false, not {value!r}.")
-    if kind is str and (not isinstance(value, str) or len(value) > 1000):
-        raise LawcatError(f"{name} must be a short text, not {str(value)[:40]!r}.")
-    if not limits:
-        return
-    low, high = limits
-    # Written so that a NaN fails too.
-    if kind is int and (type(value) is not int or not low <= value <= high):
-        raise LawcatError(f"{name} must be a whole number from {low:,} to {high:,}, not {value!r}.")
-    if kind is float and (type(value) not in (int, float) or not low <= value <= high):
-        raise LawcatError(f"{name} must be a number from {low:g} to {high:g}, not {value!r}.")
+def _kind(one: Field[Any]) -> Any:
+    """The type of a setting: that of its default, within its limits."""
+    kind = type(one.default)
+    if kind is str:
+        return Annotated[str, Meta(max_length=1000)]
+    low, high = one.metadata["limits"] or (None, None)
+    return kind if low is None else Annotated[kind, Meta(ge=low, le=high)]
+
+
+def _wrong(where: str, problem: str) -> LawcatError:
+    return LawcatError(f"{where} {problem}; change this setting.")
 
 
 def recipe_names() -> list[str]:

@@ -5,8 +5,11 @@ They are far beyond any model and small enough that no product of them overflows
 
 from __future__ import annotations
 
-LAYER_TYPES = ("linear_attention", "full_attention")  # as transformers writes them in ``layer_types``
-WINDOW_SCALINGS = ("max_score", "softmax")
+from typing import Literal, get_args
+
+LayerType = Literal["linear_attention", "full_attention"]  # as transformers writes them in ``layer_types``
+LAYER_TYPES: tuple[LayerType, ...] = get_args(LayerType)
+WindowScaling = Literal["max_score", "softmax"]
 MAX_LAYERS, MAX_WINDOW, MAX_SPAN = 1024, 8192, 1 << 24
 MAX_TAPS, MAX_FEATURES, MAX_SINKS = 16, 1024, 64
 GEOMETRY = {

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from lawcat_edge.runtime import files
+import msgspec
+from msgspec import Meta, Struct
+
+from lawcat_edge.runtime import files, schema
 from lawcat_edge.runtime.bundle import hub, signature, stamp
 from lawcat_edge.runtime.bundle.flavours import FLAVOURS
 from lawcat_edge.runtime.bundle.graph_check import MAX_MODEL_BYTES, ModelSummary, check_model
@@ -29,7 +31,8 @@ from lawcat_edge.runtime.bundle.limits import (
     MAX_SPAN,
     MAX_TAPS,
     MAX_WINDOW,
-    WINDOW_SCALINGS,
+    LayerType,
+    WindowScaling,
 )
 from lawcat_edge.runtime.bundle.span import Span
 from lawcat_edge.runtime.errors import CheckFailed, LawcatError
@@ -43,15 +46,15 @@ READABLE = (3, 4)
 # position. step and chunk: as last, with B = 1 and a fixed T, for runtimes without dynamic shapes. genai: as
 # last, with the inputs that onnxruntime-genai gives; the runner here does not use it. ort_format: as last, in
 # onnxruntime's own format and with its weights inside, for mobile apps.
-GRAPHS = ("last", "all", "step", "chunk", "genai", "ort_format")
+Graph = Literal["last", "all", "step", "chunk", "genai", "ort_format"]
 TOKENIZER = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 GENERATION_CONFIG = "generation_config.json"
 MAX_STATE_BYTES = 4 << 30
 
-_LAWCAT_CAPS = {"conv_kernel": MAX_TAPS, "feature_dim": MAX_FEATURES}
 TOKENS = "tokens"  # the axis of a buffer along which it grows
+_Bound = Annotated[float, Meta(ge=0.0, le=1e6)]
 
 
 @dataclass(frozen=True)
@@ -77,21 +80,20 @@ class StateTensor:
         return data | ({"buffer": self.buffer} if self.buffer else {})
 
 
-@dataclass(frozen=True)
-class Parity:
+class Parity(Struct, frozen=True, forbid_unknown_fields=True):
     """Recorded logits: feed `tokens` in `pieces`, compare top_ids, top_logits [n,k] at `positions`.
 
     bound: largest allowed |difference| relative to the largest |logit| recorded at that position.
     """
 
-    tokens: list[int]
-    pieces: list[int]
-    positions: list[int]
-    top_ids: list[list[int]]
-    top_logits: list[list[float]]
-    max_rel_err: float
-    kl: float
-    bound: float
+    tokens: Annotated[list[int], Meta(min_length=1, max_length=1 << 16)]
+    pieces: Annotated[list[Annotated[int, Meta(ge=1)]], Meta(min_length=1)]
+    positions: Annotated[list[int], Meta(min_length=1, max_length=4096)]
+    top_ids: list[Annotated[list[int], Meta(min_length=1, max_length=256)]]
+    top_logits: list[list[Annotated[float, Meta(ge=-1e30, le=1e30)]]]
+    max_rel_err: _Bound
+    kl: _Bound
+    bound: _Bound
 
 
 @dataclass
@@ -164,7 +166,7 @@ class Manifest:
     def to_dict(self) -> dict[str, Any]:
         data = {key: getattr(self, key) for key in _ORDER}
         data["state"] = [tensor.to_dict() for tensor in self.state]
-        data["parity"] = None if self.parity is None else asdict(self.parity)
+        data["parity"] = None if self.parity is None else msgspec.structs.asdict(self.parity)
         return data
 
     @classmethod
@@ -178,71 +180,45 @@ class Manifest:
                 f"{MANIFEST} has format {str(version)[:40]!r} and this runner reads {READABLE[0]} to {FORMAT}"
                 "; update lawcat-edge or export the bundle again."
             )
-        unknown = sorted(set(data) - set(_ORDER))
-        if unknown:
-            raise _bad(unknown[0][:60], "is not known to this version")
-        reader = _Reader(data)
+        document = schema.convert(data, _Document, _bad)
         manifest = cls(
-            name=reader.text("name"),
-            created_by=reader.text("created_by"),
-            source=reader.mapping("source"),
-            lawcat=reader.mapping("lawcat"),
-            geometry=reader.mapping("geometry"),
-            scheme=reader.text("scheme"),
-            ops=reader.items("ops", 1, len(FLAVOURS)),
-            graphs=reader.mapping("graphs"),
-            state=[_state_tensor(item, i) for i, item in enumerate(reader.items("state", 1, 8192))],
-            tokens=reader.mapping("tokens"),
-            min_onnxruntime=reader.mapping("min_onnxruntime"),
-            files=reader.mapping("files"),
+            **{key: data[key] for key in _ORDER if key not in ("format", "state", "parity")},
+            state=[entry.tensor() for entry in document.state],
+            parity=document.parity,
         )
-        manifest._check_geometry()
+        manifest._check_texts(document)
+        manifest._check_attention(document)
         manifest._check_graphs_and_files()
-        manifest._check_state()
-        manifest._check_source_and_tokens()
-        manifest.parity = _parity(data.get("parity"), manifest.vocab_size)
+        manifest._check_state(document)
+        manifest._check_tokens(document)
         return manifest
 
-    def _check_geometry(self) -> None:
-        for data, where, caps in (
-            (self.geometry, "geometry", GEOMETRY),
-            (self.lawcat, "lawcat", _LAWCAT_CAPS),
-        ):
-            for key, cap in caps.items():
-                _whole(data.get(key), f"{where}.{key}", 1, cap)
-        _whole(self.lawcat.get("window", 0), "lawcat.window", 0, MAX_WINDOW)
-        if type(self.lawcat.get("rope", False)) is not bool:
-            raise _bad("lawcat.rope", "must be true or false")
-        if self.lawcat.get("window_scaling", WINDOW_SCALINGS[0]) not in WINDOW_SCALINGS:
-            raise _bad("lawcat.window_scaling", f"must be one of {', '.join(WINDOW_SCALINGS)}")
-        kinds, count = self.lawcat.get("layer_types", []), self.geometry["num_layers"]
-        if not isinstance(kinds, list) or len(kinds) not in (0, count):
-            raise _bad("lawcat.layer_types", f"must name the {count} layers or none")
-        if not all(isinstance(kind, str) and kind in LAYER_TYPES for kind in kinds):
-            raise _bad("lawcat.layer_types", f"must be {' or '.join(LAYER_TYPES)} each")
-        least, most = (1, MAX_SPAN) if LAYER_TYPES[1] in kinds else (0, 0)
-        _whole(self.lawcat.get("attention_span", 0), "lawcat.attention_span", least, most)
-        sinks = self.lawcat.get("attention_sinks", 0)
-        _whole(sinks, "lawcat.attention_sinks", 0, MAX_SINKS if most else 0)
-        if sinks and (not self.spans["full"].possible or self.geometry.get("sliding_window")):
+    def _check_texts(self, document: _Document) -> None:
+        # `info` prints these: a control character could rewrite what the terminal shows.
+        texts = {key: getattr(self, key) for key in ("name", "created_by", "scheme")}
+        texts |= {"source.teacher": document.source.teacher, "geometry.family": document.geometry.family}
+        for where, text in texts.items():
+            if not text.isprintable():
+                raise _bad(where, f"must be {_TEXT}")
+
+    def _check_attention(self, document: _Document) -> None:
+        geometry, lawcat = document.geometry, document.lawcat
+        if len(lawcat.layer_types) not in (0, geometry.num_layers):
+            raise _bad("lawcat.layer_types", f"must name the {geometry.num_layers} layers or none")
+        least, most = (1, MAX_SPAN) if LAYER_TYPES[1] in lawcat.layer_types else (0, 0)
+        _check(lawcat.attention_span, schema.whole(least, most), "lawcat.attention_span")
+        sinks = schema.whole(0, MAX_SINKS if most else 0)
+        _check(lawcat.attention_sinks, sinks, "lawcat.attention_sinks")
+        if lawcat.attention_sinks and (not self.spans["full"].possible or geometry.sliding_window):
             raise _bad("lawcat.attention_sinks", "does not fit the span")
-        if self.geometry.get("sliding_window") is not None:
-            _whole(self.geometry["sliding_window"], "geometry.sliding_window", 1, 1 << 31)
-        _text(self.geometry.get("family", ""), "geometry.family")
-        if self.geometry["num_heads"] % self.geometry["num_kv_heads"]:
+        if geometry.num_heads % geometry.num_kv_heads:
             raise _bad("geometry.num_kv_heads", "does not divide num_heads")
 
     def _check_graphs_and_files(self) -> None:
-        if not 1 <= len(self.files) <= 64:
-            raise _bad("files", "must list 1 to 64 files")
-        for name, entry in self.files.items():
+        for name in self.files:
             files.check_member_name(name)
-            if name == MANIFEST:
-                raise _bad("files", "lists the manifest itself")
-            if not isinstance(entry, dict) or set(entry) != {"size", "sha256"}:
-                raise _bad(f"files.{name}", "must give size and sha256")
-            _whole(entry["size"], f"files.{name}.size", 0, 1 << 44)
-            _hex256(entry["sha256"], f"files.{name}.sha256")
+        if MANIFEST in self.files:
+            raise _bad("files", "lists the manifest itself")
         if len({name.lower() for name in self.files}) != len(self.files):
             raise _bad("files", "lists two names that are one on some systems")
         if TOKENIZER not in self.files:
@@ -251,22 +227,22 @@ class Manifest:
             raise _bad("ops", f"must be some of {', '.join(FLAVOURS)}")
         if set(self.graphs) != set(self.ops):
             raise _bad("graphs", "must have one entry for each of ops")
+        if set(self.min_onnxruntime) != set(self.ops):
+            raise _bad("min_onnxruntime", "must give a version for each of ops")
         for op, graph in self.graphs.items():
-            if not isinstance(graph, dict) or "last" not in graph or not set(graph) <= set(GRAPHS):
-                raise _bad(f"graphs.{op}", f"must name the graph 'last' and may name {', '.join(GRAPHS[1:])}")
+            if "last" not in graph:
+                raise _bad(f"graphs.{op}", "must name the graph 'last'")
             for kind, name in graph.items():
-                if not isinstance(name, str) or name not in self.files:
+                if name not in self.files:
                     raise _bad(f"graphs.{op}.{kind}", "is not among the files")
                 # onnxruntime goes by the ending
                 if name.endswith(".ort") != (kind == "ort_format"):
                     raise _bad(f"graphs.{op}.{kind}", "must end in .ort if and only if it is ort_format")
-        if set(self.min_onnxruntime) != set(self.ops):
-            raise _bad("min_onnxruntime", "must give a version for each of ops")
-        for op, version in self.min_onnxruntime.items():
-            if not re.fullmatch(r"\d{1,4}(\.\d{1,4}){1,3}", _text(version, f"min_onnxruntime.{op}")):
-                raise _bad(f"min_onnxruntime.{op}", "must be a version such as 1.25.1")
 
-    def _check_state(self) -> None:
+    def _check_state(self, document: _Document) -> None:
+        for i, entry in enumerate(document.state):
+            if entry.shape[0] != "B":
+                raise _bad(f"state[{i}].shape", 'must begin with "B"')
         expected = expected_state(self.geometry, self.lawcat)
         got = {tensor.input: tensor for tensor in self.state}
         if len(got) != len(self.state) or len({tensor.output for tensor in self.state}) != len(self.state):
@@ -280,33 +256,122 @@ class Manifest:
         if self.state_bytes() > MAX_STATE_BYTES:
             raise _bad("state", f"would take up to {self.state_bytes():,} bytes")
 
-    def _check_source_and_tokens(self) -> None:
-        _text(self.source.get("teacher"), "source.teacher")
-        _hex256(self.source.get("teacher_sha256"), "source.teacher_sha256")
-        if self.source.get("adapter_sha256") is not None:
-            _hex256(self.source["adapter_sha256"], "source.adapter_sha256")
-        if self.source.get("trained_tokens") is not None:
-            _whole(self.source["trained_tokens"], "source.trained_tokens", 0, 1 << 53)
-        measured = self.source.get("short_text")
-        if measured is not None:
-            if not isinstance(measured, dict) or set(measured) != {"tokens", "loss", "teacher_loss"}:
-                raise _bad("source.short_text", "must give tokens, loss and teacher_loss")
-            _whole(measured["tokens"], "source.short_text.tokens", 1, 1 << 24)
-            for name in ("loss", "teacher_loss"):
-                _real(measured[name], f"source.short_text.{name}", 0, 1e6)
-        if self.tokens.get("bos") is not None:
-            _whole(self.tokens["bos"], "tokens.bos", 0, self.vocab_size - 1)
-        eos = self.tokens.get("eos")
-        if not isinstance(eos, list) or len(eos) > 64:
-            raise _bad("tokens.eos", "must be a list of token ids")
-        for token in eos:
-            _whole(token, "tokens.eos", 0, self.vocab_size - 1)
+    def _check_tokens(self, document: _Document) -> None:
+        token = schema.whole(0, self.vocab_size - 1)
+        if document.tokens.bos is not None:
+            _check(document.tokens.bos, token, "tokens.bos")
+        _check(document.tokens.eos, schema.listed(token), "tokens.eos")
+        parity = document.parity
+        if parity is None:
+            return
+        _check(parity.tokens, schema.listed(token), "parity.tokens")
+        _check(parity.top_ids, schema.listed(schema.listed(token)), "parity.top_ids")
+        position = schema.whole(0, len(parity.tokens) - 1)
+        _check(parity.positions, schema.listed(position), "parity.positions")
+        if sum(parity.pieces) != len(parity.tokens):
+            raise _bad("parity.pieces", "must add up to the number of tokens")
+        if len(parity.top_ids) != len(parity.positions):
+            raise _bad("parity.top_ids", "must have one entry for each of positions")
+        if [len(row) for row in parity.top_logits] != [len(row) for row in parity.top_ids]:
+            raise _bad("parity.top_logits", "does not match top_ids")
 
 
 _ORDER = (
     *("format", "name", "created_by", "source", "lawcat", "geometry", "scheme", "ops", "min_onnxruntime"),
     *("graphs", "state", "tokens", "parity", "files"),
 )
+
+
+_TEXT = "a text of at most 4096 printable characters"
+_Text = Annotated[str, Meta(max_length=4096, description=_TEXT)]
+_Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z", description="a sha256 in 64 hexadecimal digits")]
+_Version = Annotated[str, Meta(pattern=r"^\d{1,4}(\.\d{1,4}){1,3}\Z", description="a version such as 1.25.1")]
+_Size = Annotated[int, Meta(ge=1, le=1 << 24)]
+_Loss = Annotated[float, Meta(ge=0, le=1e6)]
+
+
+class _ShortText(Struct, forbid_unknown_fields=True):
+    tokens: Annotated[int, Meta(ge=1, le=1 << 24)]
+    loss: _Loss
+    teacher_loss: _Loss
+
+
+class _Source(Struct):
+    teacher: _Text
+    teacher_sha256: _Sha256
+    adapter_sha256: _Sha256 | None = None
+    trained_tokens: Annotated[int, Meta(ge=0, le=1 << 53)] | None = None
+    short_text: _ShortText | None = None
+
+
+class _Lawcat(Struct):
+    conv_kernel: Annotated[int, Meta(ge=1, le=MAX_TAPS)]
+    feature_dim: Annotated[int, Meta(ge=1, le=MAX_FEATURES)]
+    window: Annotated[int, Meta(ge=0, le=MAX_WINDOW)] = 0
+    rope: bool = False
+    window_scaling: WindowScaling = "max_score"
+    layer_types: Annotated[list[LayerType], Meta(description=f"{' or '.join(LAYER_TYPES)} each")] = []
+    attention_span: Any = 0  # their limits depend on the layers
+    attention_sinks: Any = 0
+
+
+class _Geometry(Struct):
+    hidden_size: Annotated[int, Meta(ge=1, le=GEOMETRY["hidden_size"])]
+    num_layers: Annotated[int, Meta(ge=1, le=GEOMETRY["num_layers"])]
+    num_heads: Annotated[int, Meta(ge=1, le=GEOMETRY["num_heads"])]
+    num_kv_heads: Annotated[int, Meta(ge=1, le=GEOMETRY["num_kv_heads"])]
+    head_dim: Annotated[int, Meta(ge=1, le=GEOMETRY["head_dim"])]
+    vocab_size: Annotated[int, Meta(ge=1, le=GEOMETRY["vocab_size"])]
+    sliding_window: Annotated[int, Meta(ge=1, le=1 << 31)] | None = None
+    family: _Text = ""
+
+
+class _StateEntry(Struct, forbid_unknown_fields=True):
+    input: _Text
+    output: _Text
+    shape: Annotated[
+        list[
+            Annotated[
+                _Size | Literal["B", "tokens"],
+                Meta(description=f"a whole number from 1 to {1 << 24}, {TOKENS!r}, or 'B' as the first"),
+            ]
+        ],
+        Meta(min_length=2, max_length=8),
+    ]
+    dtype: Annotated[Literal["float32"], Meta(description="float32: error in a smaller state accumulates")]
+    buffer: _Text = ""
+
+    def tensor(self) -> StateTensor:
+        return StateTensor(self.input, self.output, tuple(self.shape[1:]), self.buffer)
+
+
+class _Tokens(Struct):
+    eos: Annotated[list[Any], Meta(max_length=64, description="a list of at most 64 token ids")]
+    bos: Any = None
+
+
+class _File(Struct, forbid_unknown_fields=True):
+    size: Annotated[int, Meta(ge=0, le=1 << 44)]
+    sha256: _Sha256
+
+
+class _Document(Struct, forbid_unknown_fields=True):
+    """The JSON of a manifest. What may have other keys, which are kept, is read from there."""
+
+    format: int
+    name: _Text
+    created_by: _Text
+    source: _Source
+    lawcat: _Lawcat
+    geometry: _Geometry
+    scheme: _Text
+    ops: Annotated[list[str], Meta(min_length=1, max_length=len(FLAVOURS))]
+    min_onnxruntime: dict[str, _Version]
+    graphs: dict[str, dict[Graph, str]]
+    state: Annotated[list[_StateEntry], Meta(min_length=1, max_length=8192)]
+    tokens: _Tokens
+    files: Annotated[dict[str, _File], Meta(min_length=1, max_length=64)]
+    parity: Parity | None = None
 
 
 def expected_state(geometry: dict[str, Any], lawcat: dict[str, Any]) -> list[StateTensor]:
@@ -532,92 +597,5 @@ def _product(shape: Iterable[int]) -> int:
     return result
 
 
-def _whole(value: Any, where: str, low: int, high: int) -> int:
-    if type(value) is not int or not low <= value <= high:
-        raise _bad(where, f"must be a whole number from {low} to {high}, not {str(value)[:40]!r}")
-    return value
-
-
-def _real(value: Any, where: str, low: float, high: float) -> float:
-    if type(value) not in (int, float) or not low <= value <= high:
-        raise _bad(where, f"must be a number from {low:g} to {high:g}, not {str(value)[:40]!r}")
-    return float(value)
-
-
-def _text(value: Any, where: str) -> str:
-    # `info` prints these: a control character could rewrite what the terminal shows.
-    if not isinstance(value, str) or len(value) > 4096 or not value.isprintable():
-        raise _bad(where, "must be a text of at most 4096 printable characters")
-    return value
-
-
-def _hex256(value: Any, where: str) -> None:
-    if not isinstance(value, str) or not re.fullmatch(r"[0-9a-f]{64}", value):
-        raise _bad(where, "must be a sha256 in 64 hexadecimal digits")
-
-
-class _Reader:
-    def __init__(self, data: dict[str, Any]) -> None:
-        self.data = data
-
-    def text(self, key: str) -> str:
-        return _text(self.data.get(key), key)
-
-    def mapping(self, key: str) -> dict[str, Any]:
-        value = self.data.get(key)
-        if not isinstance(value, dict):
-            raise _bad(key, "must be an object")
-        return value
-
-    def items(self, key: str, low: int, high: int) -> list[Any]:
-        value = self.data.get(key)
-        if not isinstance(value, list) or not low <= len(value) <= high:
-            raise _bad(key, f"must be a list of {low} to {high} entries")
-        return value
-
-
-def _state_tensor(data: Any, index: int) -> StateTensor:
-    where = f"state[{index}]"
-    if not isinstance(data, dict) or set(data) - {"buffer"} != {"input", "output", "shape", "dtype"}:
-        raise _bad(where, "must give input, output, shape and dtype")
-    shape = data["shape"]
-    if not isinstance(shape, list) or not 2 <= len(shape) <= 8 or shape[0] != "B":
-        raise _bad(f"{where}.shape", 'must begin with "B"')
-    sizes = tuple(
-        size if size == TOKENS else _whole(size, f"{where}.shape", 1, 1 << 24) for size in shape[1:]
-    )
-    if data["dtype"] != "float32":
-        raise _bad(f"{where}.dtype", "must be float32: error in a smaller state accumulates")
-    return StateTensor(
-        _text(data["input"], f"{where}.input"),
-        _text(data["output"], f"{where}.output"),
-        sizes,
-        _text(data.get("buffer", ""), f"{where}.buffer"),
-    )
-
-
-def _parity(data: Any, vocab_size: int) -> Parity | None:
-    if data is None:
-        return None
-    if not isinstance(data, dict) or set(data) != set(Parity.__dataclass_fields__):
-        raise _bad("parity", f"must give {', '.join(Parity.__dataclass_fields__)}")
-    read = _Reader(data)
-    tokens = [_whole(t, "parity.tokens", 0, vocab_size - 1) for t in read.items("tokens", 1, 1 << 16)]
-    pieces = [_whole(n, "parity.pieces", 1, len(tokens)) for n in read.items("pieces", 1, len(tokens))]
-    if sum(pieces) != len(tokens):
-        raise _bad("parity.pieces", "must add up to the number of tokens")
-    positions = [_whole(p, "parity.positions", 0, len(tokens) - 1) for p in read.items("positions", 1, 4096)]
-    top_ids: list[list[int]] = []
-    top_logits: list[list[float]] = []
-    for key in ("top_ids", "top_logits"):
-        for row in read.items(key, len(positions), len(positions)):
-            if not isinstance(row, list) or not 1 <= len(row) <= 256:
-                raise _bad(f"parity.{key}", "must have 1 to 256 entries a position")
-            if key == "top_ids":
-                top_ids.append([_whole(item, "parity.top_ids", 0, vocab_size - 1) for item in row])
-            else:
-                top_logits.append([_real(item, "parity.top_logits", -1e30, 1e30) for item in row])
-    if [len(row) for row in top_ids] != [len(row) for row in top_logits]:
-        raise _bad("parity.top_logits", "does not match top_ids")
-    numbers = {key: _real(data[key], f"parity.{key}", 0.0, 1e6) for key in ("max_rel_err", "kl", "bound")}
-    return Parity(tokens, pieces, positions, top_ids, top_logits, **numbers)
+def _check(value: Any, kind: Any, where: str) -> None:
+    schema.convert(value, kind, _bad, where)

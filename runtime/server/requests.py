@@ -7,9 +7,11 @@ knows, is ignored. Other servers' names for what this one does are taken (``repe
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
-from lawcat_edge.runtime import files
+from msgspec import Meta, Struct
+
+from lawcat_edge.runtime import files, schema
 from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.runtime.generate.request import Request
 from lawcat_edge.runtime.generate.sampling import SamplingOptions
@@ -70,6 +72,94 @@ _MESSAGE_TEXTS = (
 _OWN_VARIABLES = ("messages", "add_generation_prompt", "tools", "documents")
 
 
+_Penalty = Annotated[float, Meta(ge=0.01, le=100.0)]
+_Share = Annotated[float, Meta(ge=0.0, le=1.0)]
+_LIMITS = ("max_completion_tokens", "max_tokens", "max_new_tokens", "n_predict")
+_TOP = 20  # most tokens whose log-probabilities are told
+_Prompts = Annotated[
+    list[str | list[int]],
+    Meta(
+        max_length=MAX_PROMPTS,
+        description=f"a text or a list of token ids, or a list of at most {MAX_PROMPTS:,} such",
+    ),
+]
+
+
+class _StreamOptions(Struct):
+    include_usage: bool | None = None
+
+
+class _Body(Struct):
+    """What is read of a request; None: it does not say. Other fields are ignored."""
+
+    stream: bool | None = None
+    stream_options: _StreamOptions | None = None
+    # 2 is the API's highest temperature; a higher one is harmless.
+    temperature: Annotated[float, Meta(ge=0.0, le=100.0)] | None = None
+    top_p: _Share | None = None
+    min_p: _Share | None = None
+    top_k: Annotated[int, Meta(ge=-1, le=1 << 24)] | None = None
+    repetition_penalty: _Penalty | None = None
+    repeat_penalty: _Penalty | None = None
+    seed: Annotated[int, Meta(ge=-(1 << 63), le=(1 << 63) - 1)] | None = None
+    do_sample: bool | None = None
+    ignore_eos: bool | None = None
+    stop: Annotated[str | list[str], Meta(description="a text or a list of texts")] | None = None
+    max_completion_tokens: Any = None  # the server's limit is not known here
+    max_tokens: Any = None
+    max_new_tokens: Any = None
+    n_predict: Any = None
+
+
+B = TypeVar("B", bound=_Body)
+
+
+class _Message(Struct):
+    role: str
+
+
+class _Chat(_Body, kw_only=True):
+    messages: Annotated[
+        list[Annotated[_Message, Meta(description='an object with "role" and "content"')]],
+        Meta(min_length=1),
+    ]
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=_TOP)] | None = None
+    continue_final_message: bool | None = None
+    add_generation_prompt: bool | None = None
+    chat_template_kwargs: Any = None  # an object; what is empty says nothing
+    reasoning_effort: Any = None
+
+
+class _Completion(_Body, kw_only=True):
+    prompt: Any = None
+    logprobs: Any = None  # false or a number, unlike a chat's
+    echo: bool | None = None
+
+
+class _TextPart(Struct, tag="text"):
+    text: str
+
+
+class _RefusalPart(Struct, tag="refusal"):
+    refusal: str
+
+
+_Part: Any = _TextPart | _RefusalPart
+
+
+class _Function(Struct):
+    name: str
+
+
+class _Call(Struct):
+    function: _Function
+
+
+_CALLS = 'a list of objects with a "function" that has a "name"'
+_Calls = Annotated[list[_Call], Meta(description=_CALLS)]
+
+
 class BadRequest(LawcatError):  # noqa: N818 (it reads as what happened)
     """The client's mistake. status: HTTP's; param: the field; code: a word for programs."""
 
@@ -119,46 +209,37 @@ def parse_chat(body: dict[str, Any], max_tokens: int, defaults: SamplingOptions 
     _refuse_unsupported(body)
     if body.get("echo"):
         raise BadRequest("echo is not supported in a chat; leave it out.", "echo", "unsupported_parameter")
-    messages = body.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise BadRequest("messages must be a list of at least one message.", "messages")
-    wanted = _flag(body, "logprobs")
-    top = _number(body, "top_logprobs", 0, 0, 20, whole=True)
+    asked = _read(body, _Chat)
+    wanted, top = bool(asked.logprobs), asked.top_logprobs or 0
     if top and not wanted:
         raise BadRequest("top_logprobs needs logprobs to be true.", "top_logprobs")
     return Asked(
-        _request(body, min(CHAT_TOKENS, max_tokens), max_tokens, top if wanted else None, defaults),
-        _flag(body, "stream"),
-        _include_usage(body),
-        messages=_messages(messages),
-        template=_template(body),
+        _request(asked, min(CHAT_TOKENS, max_tokens), max_tokens, top if wanted else None, defaults),
+        bool(asked.stream),
+        _include_usage(asked),
+        messages=_messages(body["messages"]),
+        template=_template(asked),
     )
 
 
 def parse_completion(body: dict[str, Any], max_tokens: int, defaults: SamplingOptions = PLAIN) -> Asked:
     """Check a request to /v1/completions; see ``parse_chat``."""
     _refuse_unsupported(body)
-    given = body.get("prompt")
+    asked = _read(body, _Completion)
+    given = asked.prompt
     several = isinstance(given, list) and given and isinstance(given[0], (str, list))
-    prompts: list[Any] = given if several else [given]  # type: ignore[assignment]
-    if len(prompts) > MAX_PROMPTS:
-        raise BadRequest(f"prompt must be at most {MAX_PROMPTS:,} texts.", "prompt")
-    for prompt in prompts:
-        ids = isinstance(prompt, list) and all(type(token) is int for token in prompt)
-        if not ids and not isinstance(prompt, str):
-            raise BadRequest("prompt must be a text or a list of token ids, or a list of such.", "prompt")
-        if not prompt:
-            raise BadRequest("The prompt is empty; give some text to go on from.", "prompt")
-    logprobs = None
-    if body.get("logprobs") is not False:
-        logprobs = _number(body, "logprobs", None, 0, 20, whole=True)
-    echo = _flag(body, "echo")
+    prompts = schema.convert(given if several else [given], _Prompts, _wrong, "prompt")
+    if not all(prompts):
+        raise BadRequest("The prompt is empty; give some text to go on from.", "prompt")
+    logprobs, echo = None, bool(asked.echo)
+    if asked.logprobs is not None and asked.logprobs is not False:
+        logprobs = schema.convert(asked.logprobs, schema.whole(0, _TOP), _wrong, "logprobs")
     request = _request(
-        body, min(COMPLETION_TOKENS, max_tokens), max_tokens, logprobs, defaults, least=0 if echo else 1
+        asked, min(COMPLETION_TOKENS, max_tokens), max_tokens, logprobs, defaults, least=0 if echo else 1
     )
     # Programs that score a text drop the last entry, the token they had to ask for; it must be there.
     request = replace(request, record_end=echo and logprobs is not None)
-    return Asked(request, _flag(body, "stream"), _include_usage(body), prompts=prompts, echo=echo)
+    return Asked(request, bool(asked.stream), _include_usage(asked), prompts=prompts, echo=echo)
 
 
 def check_model(body: dict[str, Any], names: tuple[str, ...]) -> None:
@@ -174,59 +255,64 @@ def check_model(body: dict[str, Any], names: tuple[str, ...]) -> None:
         )
 
 
+def _read(body: dict[str, Any], kind: type[B]) -> B:
+    """The fields of a request that this server knows."""
+    known = {name: body[name] for name in kind.__struct_fields__ if name in body}
+    # JavaScript and Go write 4.0 for 4.
+    whole = {n: int(x) for n, x in known.items() if type(x) is float and x.is_integer()}
+    return schema.convert(known | whole, kind, _wrong)
+
+
+def _wrong(where: str, problem: str) -> BadRequest:
+    return BadRequest(f"{where} {problem}.", where)
+
+
 def _request(
-    body: dict[str, Any],
+    asked: _Body,
     default_tokens: int,
     max_tokens: int,
     logprobs: int | None,
     defaults: SamplingOptions,
     least: int = 1,
 ) -> Request:
-    seed = _number(body, "seed", None, -(1 << 63), (1 << 63) - 1, whole=True)
-    penalty = _named(body, "repetition_penalty", "repeat_penalty")
-    top_k = _number(body, "top_k", defaults.top_k, -1, 1 << 24, whole=True)
-    # 2 is the API's highest temperature; a higher one is harmless.
-    temperature = _number(body, "temperature", defaults.temperature, 0, 100)
-    if body.get("do_sample") is not None and not _flag(body, "do_sample"):
-        temperature = 0.0
-    options = SamplingOptions(
-        temperature=temperature,
-        top_p=_number(body, "top_p", defaults.top_p, 0, 1),
-        top_k=max(top_k, 0),  # -1 is vLLM's word for all
-        min_p=_number(body, "min_p", defaults.min_p, 0, 1),
-        repetition_penalty=_number(body, penalty, defaults.repetition_penalty, 0.01, 100),
-        seed=None if seed is None else seed & ((1 << 63) - 1),
-    )
-    limit_name = _named(body, "max_completion_tokens", "max_tokens", "max_new_tokens", "n_predict")
-    if limit_name == "n_predict" and body["n_predict"] == -1:  # llama.cpp's word for no limit
-        body = {**body, "n_predict": max_tokens}
-    new_tokens = _number(body, limit_name, default_tokens, least, max_tokens, whole=True)
-    stop = body.get("stop")
-    stops = [] if stop is None else [stop] if isinstance(stop, str) else stop
-    if not isinstance(stops, list) or not all(isinstance(item, str) for item in stops):
-        raise BadRequest("stop must be a text or a list of texts.", "stop")
+    said: dict[str, Any] = {
+        "temperature": 0.0 if asked.do_sample is False else asked.temperature,
+        "top_p": asked.top_p,
+        "top_k": None if asked.top_k is None else max(asked.top_k, 0),  # -1 is vLLM's word for all
+        "min_p": asked.min_p,
+        "repetition_penalty": asked.repeat_penalty
+        if asked.repetition_penalty is None
+        else asked.repetition_penalty,
+    }
+    said = {name: value for name, value in said.items() if value is not None}
+    options = replace(defaults, **said, seed=None if asked.seed is None else asked.seed & ((1 << 63) - 1))
+    limit_name = next((name for name in _LIMITS if getattr(asked, name) is not None), _LIMITS[0])
+    limit = getattr(asked, limit_name)
+    if limit is None:
+        limit = default_tokens
+    elif limit_name == "n_predict" and limit == -1:  # llama.cpp's word for no limit
+        limit = max_tokens
+    new_tokens = schema.convert(limit, schema.whole(least, max_tokens), _wrong, limit_name)
+    stops = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
     try:
-        return Request.of(new_tokens, tuple(stops), logprobs, _flag(body, "ignore_eos"), options)
+        return Request.of(new_tokens, tuple(stops), logprobs, bool(asked.ignore_eos), options)
     except LawcatError as error:
         raise BadRequest(str(error), "stop") from error
 
 
-def _template(body: dict[str, Any]) -> dict[str, Any]:
+def _template(asked: _Chat) -> dict[str, Any]:
     """What a chat's request says about how its messages are written."""
-    variables = body.get("chat_template_kwargs") or {}
-    if not isinstance(variables, dict):
-        raise BadRequest("chat_template_kwargs must be an object.", "chat_template_kwargs")
+    variables: dict[str, Any] = schema.convert(
+        asked.chat_template_kwargs or {}, dict[str, Any], _wrong, "chat_template_kwargs"
+    )
     for name in _OWN_VARIABLES:
         if variables.get(name):
             raise BadRequest(
                 f"chat_template_kwargs cannot hold {name}.", "chat_template_kwargs", "unsupported_parameter"
             )
-    effort = body.get("reasoning_effort")
-    if effort is not None:
-        variables = {"reasoning_effort": effort, **variables}
-    go_on, prompt = _flag(body, "continue_final_message"), body.get("add_generation_prompt")
-    if prompt is not None:
-        prompt = _flag(body, "add_generation_prompt")
+    if asked.reasoning_effort is not None:
+        variables = {"reasoning_effort": asked.reasoning_effort, **variables}
+    go_on, prompt = bool(asked.continue_final_message), asked.add_generation_prompt
     if go_on and prompt:
         raise BadRequest(
             "continue_final_message and add_generation_prompt cannot both be true.", "continue_final_message"
@@ -238,7 +324,7 @@ def _template(body: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _messages(given: list[Any]) -> list[Message]:
+def _messages(given: list[dict[str, Any]]) -> list[Message]:
     """The conversation; it may hold calls of tools, which a client had elsewhere."""
     messages: list[Message] = []
     called = False  # whether the last answer called tools, whose results come next
@@ -253,9 +339,7 @@ def _messages(given: list[Any]) -> list[Message]:
     return messages
 
 
-def _message(message: Any, param: str) -> Message:
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise BadRequest('Every message must be an object with "role" and "content".', param)
+def _message(message: dict[str, Any], param: str) -> Message:
     role = _ROLES.get(message["role"], message["role"])
     calls = _tool_calls(message, param)
     if calls and role != "assistant":
@@ -274,10 +358,12 @@ def _message(message: Any, param: str) -> Message:
 
 def _part(part: Any, param: str) -> str:
     """The text of one part of a message's content."""
-    kind = part.get("type") if isinstance(part, dict) else None
-    text = part.get(kind) if kind in ("text", "refusal") else None
-    if not isinstance(text, str):
-        raise BadRequest("Only text content is supported.", f"{param}.content", "unsupported_parameter")
+
+    def refuse(where: str, problem: str) -> BadRequest:
+        return BadRequest("Only text content is supported.", f"{param}.content", "unsupported_parameter")
+
+    made = schema.convert(part, _Part, refuse)
+    text: str = made.text if isinstance(made, _TextPart) else made.refusal
     return text
 
 
@@ -286,16 +372,10 @@ def _tool_calls(message: dict[str, Any], param: str) -> list[dict[str, Any]]:
     calls = message.get("tool_calls") or []
     if not calls and message.get("function_call"):  # the API's name for one call, before there were several
         calls = [{"type": "function", "function": message["function_call"]}]
-    if not isinstance(calls, list):
-        raise BadRequest("tool_calls must be a list.", f"{param}.tool_calls")
+    schema.convert(calls, _Calls, _wrong, f"{param}.tool_calls")
     made = []
     for call in calls:
-        function = call.get("function") if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise BadRequest(
-                'Every tool call must be an object with a "function" that has a "name".',
-                f"{param}.tool_calls",
-            )
+        function = call["function"]
         arguments = function.get("arguments") or "{}"
         if isinstance(arguments, str):
             try:
@@ -317,35 +397,9 @@ def _refuse_unsupported(body: dict[str, Any]) -> None:
             )
 
 
-def _include_usage(body: dict[str, Any]) -> bool:
-    options = body.get("stream_options")
-    if options is None:
+def _include_usage(asked: _Body) -> bool:
+    if asked.stream_options is None:
         return False
-    if not isinstance(options, dict) or not _flag(body, "stream"):
-        raise BadRequest("stream_options must be an object, and needs stream to be true.", "stream_options")
-    return _flag(options, "include_usage")
-
-
-def _flag(body: dict[str, Any], name: str) -> bool:
-    value = body.get(name)
-    if value is not None and type(value) is not bool:
-        raise BadRequest(f"{name} must be true or false.", name)
-    return bool(value)
-
-
-def _number(body: dict[str, Any], name: str, default: Any, low: Any, high: Any, whole: bool = False) -> Any:
-    value = body.get(name)
-    if value is None:
-        return default
-    if whole and type(value) is float and value.is_integer():
-        value = int(value)  # JavaScript and Go write 4.0 for 4
-    kinds = (int,) if whole else (int, float)
-    if type(value) not in kinds or not low <= value <= high:
-        what = "whole number" if whole else "number"
-        raise BadRequest(f"{name} must be a {what} from {low:,} to {high:,}.", name)
-    return value
-
-
-def _named(body: dict[str, Any], *names: str) -> str:
-    """The first of `names` that the request sets, else the first."""
-    return next((name for name in names if body.get(name) is not None), names[0])
+    if not asked.stream:
+        raise BadRequest("stream_options needs stream to be true.", "stream_options")
+    return bool(asked.stream_options.include_usage)

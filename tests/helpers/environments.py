@@ -26,7 +26,7 @@ from lawcat_edge.runtime.files import FileLock
 
 ROOT = Path(__file__).resolve().parents[2]
 # All that the runner needs beside onnxruntime and numpy; pip adds nothing of its own to it.
-RUNNER = ("tokenizers", "jinja2", "markupsafe")
+RUNNER = ("tokenizers", "jinja2", "markupsafe", "msgspec")
 
 
 def environment(config: pytest.Config, *packages: str) -> Path:

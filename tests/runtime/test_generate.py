@@ -233,7 +233,7 @@ def test_importing_the_runner_is_cheap() -> None:
         begin = time.process_time()
         import lawcat_edge.runtime
         assert time.process_time() - begin < 0.3
-        assert not {"numpy", "onnxruntime", "jinja2", "tokenizers"} & set(sys.modules)
+        assert not {"numpy", "onnxruntime", "jinja2", "msgspec", "tokenizers"} & set(sys.modules)
         assert lawcat_edge.runtime.Model.__name__ == "Model"
         try:
             lawcat_edge.runtime.Nothing
