@@ -142,9 +142,9 @@ def test_lean_graph_and_shared_table(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "changes", "linear"),
     [
-        ({}, {}, 31),
-        ({"window": 8}, {}, 39),
-        ({"window": 8, "window_scaling": "softmax"}, {}, 36),
+        ({}, {}, 29),
+        ({"window": 8}, {}, 37),
+        ({"window": 8, "window_scaling": "softmax"}, {}, 34),
         ({}, {"num_key_value_heads": 1}, 30),
         ({"window": 8}, {"num_key_value_heads": 1}, 38),
     ],
