@@ -13,7 +13,7 @@ import numpy as np
 from msgspec import Meta
 
 from lawcat_edge.runtime import schema
-from lawcat_edge.runtime.bundle.limits import GEOMETRY
+from lawcat_edge.runtime.bundle.limits import HeadDim, Heads, HiddenSize, Layers, VocabSize
 from lawcat_edge.runtime.engine.rotary import ROPE_TYPES, UnknownScalingError, scaled_frequencies
 from lawcat_edge.runtime.errors import LawcatError
 
@@ -30,13 +30,13 @@ class Geometry:
     """
 
     family: str
-    hidden_size: Annotated[int, Meta(ge=1, le=GEOMETRY["hidden_size"])]
-    num_layers: Annotated[int, Meta(ge=1, le=GEOMETRY["num_layers"])]
-    num_heads: Annotated[int, Meta(ge=1, le=GEOMETRY["num_heads"])]
-    num_kv_heads: Annotated[int, Meta(ge=1, le=GEOMETRY["num_kv_heads"])]
-    head_dim: Annotated[int, Meta(ge=1, le=GEOMETRY["head_dim"])]
+    hidden_size: HiddenSize
+    num_layers: Layers
+    num_heads: Heads
+    num_kv_heads: Heads
+    head_dim: HeadDim
     intermediate_size: Annotated[int, Meta(ge=1, le=1 << 20)]
-    vocab_size: Annotated[int, Meta(ge=1, le=GEOMETRY["vocab_size"])]
+    vocab_size: VocabSize
     tie_embeddings: bool
     rms_norm_eps: Annotated[float, Meta(ge=1e-30, le=1.0)]
     rope_theta: Annotated[float, Meta(ge=1.0, le=1e12)]

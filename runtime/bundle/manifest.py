@@ -24,14 +24,18 @@ from lawcat_edge.runtime.bundle import hub, signature, stamp
 from lawcat_edge.runtime.bundle.flavours import FLAVOURS
 from lawcat_edge.runtime.bundle.graph_check import MAX_MODEL_BYTES, ModelSummary, check_model
 from lawcat_edge.runtime.bundle.limits import (
-    GEOMETRY,
     LAYER_TYPES,
     MAX_FEATURES,
     MAX_SINKS,
     MAX_SPAN,
     MAX_TAPS,
     MAX_WINDOW,
+    HeadDim,
+    Heads,
+    HiddenSize,
+    Layers,
     LayerType,
+    VocabSize,
     WindowScaling,
 )
 from lawcat_edge.runtime.bundle.span import Span
@@ -276,17 +280,14 @@ class Manifest:
             raise _bad("parity.top_logits", "does not match top_ids")
 
 
-_ORDER = (
-    *("format", "name", "created_by", "source", "lawcat", "geometry", "scheme", "ops", "min_onnxruntime"),
-    *("graphs", "state", "tokens", "parity", "files"),
-)
-
-
 _TEXT = "a text of at most 4096 printable characters"
 _Text = Annotated[str, Meta(max_length=4096, description=_TEXT)]
 _Sha256 = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z", description="a sha256 in 64 hexadecimal digits")]
 _Version = Annotated[str, Meta(pattern=r"^\d{1,4}(\.\d{1,4}){1,3}\Z", description="a version such as 1.25.1")]
-_Size = Annotated[int, Meta(ge=1, le=1 << 24)]
+_Axis = Annotated[
+    Annotated[int, Meta(ge=1, le=1 << 24)] | Literal["B", "tokens"],
+    Meta(description=f"a whole number from 1 to {1 << 24}, {TOKENS!r}, or 'B' as the first"),
+]
 _Loss = Annotated[float, Meta(ge=0, le=1e6)]
 
 
@@ -316,12 +317,12 @@ class _Lawcat(Struct):
 
 
 class _Geometry(Struct):
-    hidden_size: Annotated[int, Meta(ge=1, le=GEOMETRY["hidden_size"])]
-    num_layers: Annotated[int, Meta(ge=1, le=GEOMETRY["num_layers"])]
-    num_heads: Annotated[int, Meta(ge=1, le=GEOMETRY["num_heads"])]
-    num_kv_heads: Annotated[int, Meta(ge=1, le=GEOMETRY["num_kv_heads"])]
-    head_dim: Annotated[int, Meta(ge=1, le=GEOMETRY["head_dim"])]
-    vocab_size: Annotated[int, Meta(ge=1, le=GEOMETRY["vocab_size"])]
+    hidden_size: HiddenSize
+    num_layers: Layers
+    num_heads: Heads
+    num_kv_heads: Heads
+    head_dim: HeadDim
+    vocab_size: VocabSize
     sliding_window: Annotated[int, Meta(ge=1, le=1 << 31)] | None = None
     family: _Text = ""
 
@@ -329,15 +330,7 @@ class _Geometry(Struct):
 class _StateEntry(Struct, forbid_unknown_fields=True):
     input: _Text
     output: _Text
-    shape: Annotated[
-        list[
-            Annotated[
-                _Size | Literal["B", "tokens"],
-                Meta(description=f"a whole number from 1 to {1 << 24}, {TOKENS!r}, or 'B' as the first"),
-            ]
-        ],
-        Meta(min_length=2, max_length=8),
-    ]
+    shape: Annotated[list[_Axis], Meta(min_length=2, max_length=8)]
     dtype: Annotated[Literal["float32"], Meta(description="float32: error in a smaller state accumulates")]
     buffer: _Text = ""
 
@@ -355,8 +348,8 @@ class _File(Struct, forbid_unknown_fields=True):
     sha256: _Sha256
 
 
-class _Document(Struct, forbid_unknown_fields=True):
-    """The JSON of a manifest. What may have other keys, which are kept, is read from there."""
+class _Document(Struct, forbid_unknown_fields=True, kw_only=True):
+    """The JSON of a manifest, in the order in which it is written; those that may hold more are kept."""
 
     format: int
     name: _Text
@@ -370,8 +363,11 @@ class _Document(Struct, forbid_unknown_fields=True):
     graphs: dict[str, dict[Graph, str]]
     state: Annotated[list[_StateEntry], Meta(min_length=1, max_length=8192)]
     tokens: _Tokens
-    files: Annotated[dict[str, _File], Meta(min_length=1, max_length=64)]
     parity: Parity | None = None
+    files: Annotated[dict[str, _File], Meta(min_length=1, max_length=64)]
+
+
+_ORDER = _Document.__struct_fields__
 
 
 def expected_state(geometry: dict[str, Any], lawcat: dict[str, Any]) -> list[StateTensor]:
