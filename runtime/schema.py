@@ -48,7 +48,7 @@ def build(data: Any, kind: type[T], refuse: Refuse, what: str) -> T:
     known = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
     unknown = sorted(set(data) - set(known))
     if unknown:
-        raise refuse(unknown[0][:60], f"is unknown; known are {', '.join(sorted(known))}")
+        raise refuse(repr(unknown[0][:60]), f"is unknown; known are {', '.join(sorted(known))}")
     for name, field in known.items():
         if name not in data and field.default is MISSING and field.default_factory is MISSING:
             raise refuse(name, "is missing")
@@ -109,6 +109,7 @@ def _parts(data: Any, plain: Any) -> Iterator[tuple[str, Any, Any]]:
 
 
 def _join(where: str, name: str) -> str:
+    name = name if name.isprintable() else ascii(name)  # it is shown on a terminal
     between = "." if where and name and not name.startswith("[") else ""
     return where + between + name
 

@@ -70,7 +70,8 @@ def _set(*keys: Any, value: Any) -> Any:
     "change",
     [
         _set("format", value=1), _set("format", value=True), _set("name", value=3), _set("ops", value=[]),
-        _set("ops", value=["cuda"]), _set("extra", value=1), _set("geometry", "head_dim", value=1 << 40),
+        _set("ops", value=["cuda"]), _set("ops", value=[[]]), _set("extra", value=1),
+        _set("geometry", "head_dim", value=1 << 40),
         _set("geometry", "num_layers", value=2.0), _set("geometry", "num_heads", value=-2),
         _set("geometry", "vocab_size", value=0), _set("geometry", value=[]),
         _set("lawcat", "window", value="2"),

@@ -65,6 +65,7 @@ def test_what_fits_comes_back_typed() -> None:
         ({"on": 1}, "on must be true or false, not 1."),
         ({"sizes": {"model.x": 0}}, "sizes.model.x must be a whole number from 1 to 9, not 0."),
         ({"sizes": {"X": 1}}, "sizes must be a text, not 'X'."),
+        ({"parts": [{"size": 1, "\x1b[2J": 2}]}, r"parts[0].'\x1b[2J' is not known to this version."),
         ({"shape": [1, 2.5]}, "shape must be a shape."),
         ({"least": [1]}, "least must be a list of at least 2 entries."),
         ({"name": "\ud800" * 6}, "name must be a text of 0 to 5 characters"),
@@ -101,7 +102,7 @@ def test_a_dataclass_checks_its_fields() -> None:
     assert made == Settings(3, ("a",))
     for data, sentence in (
         ([], "The settings must be a JSON object."),
-        ({"size": 3, "colour": 1}, "colour is unknown; known are names, size."),
+        ({"size": 3, "colour": 1}, "'colour' is unknown; known are names, size."),
         ({}, "size is missing."),
         ({"size": 0}, "size must be a whole number from 1 to 9, not 0."),
         ({"size": 3, "names": ("a", "c")}, "names[1] must be one of a, b, not 'c'."),
