@@ -213,7 +213,7 @@ def test_two_comparisons_in_one_folder(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with another_process(out):
         comparison: Any = Comparison.__new__(Comparison)
-        comparison.out = out
+        object.__setattr__(comparison, "out", out)  # it is frozen, and nothing else of it is asked for
         with pytest.raises(LawcatError, match=r"Another process is writing .*out"):
             comparison.run(["fp32"])
 
