@@ -21,7 +21,7 @@ from tiny_adapter import make_adapter
 from tiny_bundle import build_tiny_bundle
 
 from lawcat_edge.adapter import Adapter
-from lawcat_edge.calibration.comparison.compare import Comparison
+from lawcat_edge.calibration.comparison.compare import Comparison, compare
 from lawcat_edge.runtime import Model, files
 from lawcat_edge.runtime.bundle.manifest import Bundle
 from lawcat_edge.runtime.engine.session import Engine
@@ -215,7 +215,7 @@ def test_two_comparisons_in_one_folder(tmp_path: Path) -> None:
         comparison: Any = Comparison.__new__(Comparison)
         object.__setattr__(comparison, "out", out)  # it is frozen, and nothing else of it is asked for
         with pytest.raises(LawcatError, match=r"Another process is writing .*out"):
-            comparison.run(["fp32"])
+            compare(comparison, ["fp32"])
 
 
 # -- files that change ---------------------------------------------------------------------------------------
