@@ -4,7 +4,7 @@
     python benchmarks/runner.py BUNDLE [--gguf TEACHER.gguf] [--peer-python PYTHON] [--out DIR]
         [--contexts 128,512,1024,2048,8192,32768] [--peer-max 8192] [--threads 2] [--profile]
 
---gguf: the teacher, which is requantized to Q8_0 first unless its name says that it is; without it, or
+--gguf: the teacher, which is requantized to Q8_0 first unless its name says that it is, or --as-is; without it, or
 without llama-cpp-python (in the interpreter --peer-python), only the bundle is measured. --peer-max: longest
 context for the peer, whose prefill is quadratic. Each context gets a fresh process on each side, so that peak
 memory is its own, and the two take turns of 512 tokens read or 8 written, so that whatever else the machine
@@ -213,6 +213,7 @@ def main() -> None:
     )
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--gguf", type=Path)
+    parser.add_argument("--as-is", action="store_true", help="take --gguf as it is quantised")
     parser.add_argument("--peer-python", default=sys.executable)
     parser.add_argument("--contexts", default="128,512,1024,2048,8192,32768")
     parser.add_argument("--peer-max", type=int, default=8192)
@@ -228,7 +229,7 @@ def main() -> None:
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         gguf = args.gguf
-        if gguf is not None and "q8_0" not in gguf.name.lower():
+        if gguf is not None and not args.as_is and "q8_0" not in gguf.name.lower():
             gguf = Path(folder) / "teacher-q8_0.gguf"
             requantize(args.peer_python, args.gguf, gguf)
         print(
