@@ -24,11 +24,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from lawcat_edge.ops import triton_primitives
 from lawcat_edge.ops.conv import next_buffer
 from lawcat_edge.ops.conv.naive import conv_feature_naive
 from lawcat_edge.ops.conv.triton import conv_feature_triton
 from lawcat_edge.ops.gla import triton as gla
-from lawcat_edge.ops.gla import triton_kernels
 from lawcat_edge.ops.gla.naive import gla_naive
 from lawcat_edge.ops.gla.step import gla_step
 from lawcat_edge.ops.window.naive import window_naive
@@ -250,7 +250,7 @@ def main() -> int:
         parser.error("no CUDA device; TRITON_INTERPRET=1 with --cpu is a dry run")
     if args.share is None and not args.quick:
         return deal(args.jobs, ["--cpu"] if args.cpu else [], args.sanitizer)
-    triton_kernels.ROUND_SPLIT = args.cpu
+    triton_primitives.ROUND_SPLIT = args.cpu
     torch.manual_seed(0)
     poison()
     table, failed = {}, []

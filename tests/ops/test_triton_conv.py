@@ -6,10 +6,10 @@ import torch
 pytest.importorskip("triton")
 from triton_interpreter import assert_close, is_interpreted, poisoned  # noqa: F401 (a fixture)
 
+from lawcat_edge.ops import triton_primitives
 from lawcat_edge.ops.conv import conv_feature, next_buffer
 from lawcat_edge.ops.conv.naive import conv_feature_naive
 from lawcat_edge.ops.conv.triton import conv_feature_triton, forward_kernel
-from lawcat_edge.ops.gla import triton_kernels
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 RATIO = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
@@ -66,7 +66,7 @@ def test_low_precision(dtype):
 
 
 def test_split_products(monkeypatch):
-    monkeypatch.setattr(triton_kernels, "ROUND_SPLIT", True)
+    monkeypatch.setattr(triton_primitives, "ROUND_SPLIT", True)
     compare(inputs(70, d=64, f=32), ratio=1e-4)  # the interpreter cuts bfloat16 off, a GPU rounds it
 
 

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 pytest.importorskip("triton")
 from triton_interpreter import assert_close, is_interpreted, poisoned  # noqa: F401 (a fixture)
 
-from lawcat_edge.ops.gla import normalised_gla, triton_kernels
+from lawcat_edge.ops import triton_primitives
+from lawcat_edge.ops.gla import normalised_gla
 from lawcat_edge.ops.gla.naive import gla_naive
 from lawcat_edge.ops.gla.step import gla_step
 from lawcat_edge.ops.gla.triton import gla_step_triton, gla_triton, gla_triton_normalised
@@ -101,7 +102,7 @@ def test_low_precision(dtype):
 
 @pytest.mark.parametrize("gates", ["usual", "extreme"])
 def test_split_products(monkeypatch, gates):
-    monkeypatch.setattr(triton_kernels, "ROUND_SPLIT", True)
+    monkeypatch.setattr(triton_primitives, "ROUND_SPLIT", True)
     compare(inputs(70, gates=gates), ratio=1e-4)  # the interpreter cuts bfloat16 off, a GPU rounds it
     compare(inputs(70, gates=gates, seed=1), eps=1e-3, ratio=1e-4, ratio_grad=3e-4)
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lawcat_edge.ops.backend import check_triton
-from lawcat_edge.ops.gla.triton_kernels import interpreted, load_rows, mm, store_rows
+from lawcat_edge.ops.triton_primitives import interpreted, load_rows, mm, store_rows
 
 
 class Tile(NamedTuple):

@@ -16,13 +16,8 @@ from torch.autograd.function import once_differentiable
 
 from lawcat_edge.ops.backend import check_triton
 from lawcat_edge.ops.gla.triton_backward import delta_kernel, dkv_kernel, dq_kernel
-from lawcat_edge.ops.gla.triton_kernels import (
-    interpreted,
-    output_kernel,
-    scan_kernel,
-    states_kernel,
-    step_kernel,
-)
+from lawcat_edge.ops.gla.triton_kernels import output_kernel, scan_kernel, states_kernel, step_kernel
+from lawcat_edge.ops.triton_primitives import interpreted, products
 
 
 class Launch(NamedTuple):
@@ -147,15 +142,6 @@ def _check(q: Tensor, k: Tensor, v: Tensor, g: Tensor, S0: Tensor | None, z0: Te
     assert z0 is None or z0.shape == (B, H, F), z0.shape
     check_triton(q, k, v, g)
     return _Dims(B, T, H, G, F, D)
-
-
-def products(*operands: Tensor) -> str:
-    """How a kernel forms products of these: ``bf16`` operands, or each ``split`` into two."""
-    low = all(x.dtype == torch.bfloat16 for x in operands)
-    medium = torch.get_float32_matmul_precision() == "medium" and torch.float16 not in {
-        x.dtype for x in operands
-    }
-    return "bf16" if low or medium else "split"
 
 
 def _block(width: int) -> int:

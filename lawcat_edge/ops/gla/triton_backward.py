@@ -19,7 +19,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lawcat_edge.ops.gla.triton_kernels import SUB, load_rows, load_state, mm, scores_safe, store_rows
+from lawcat_edge.ops.gla.triton_kernels import SUB, load_state, scores_safe
+from lawcat_edge.ops.triton_primitives import load_rows, mm, store_rows
 
 
 @triton.jit(do_not_specialize=["rows", "eps"])

@@ -23,8 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lawcat_edge.ops.backend import check_triton
-from lawcat_edge.ops.gla.triton import products
-from lawcat_edge.ops.gla.triton_kernels import interpreted, mm
+from lawcat_edge.ops.triton_primitives import interpreted, mm, products
 
 TILE = 64  # queries and keys of a tile
 WIDE_TILE = 32  # where heads are wider than 64 and products split: operands of two tiles fill shared memory
