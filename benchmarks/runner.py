@@ -4,13 +4,13 @@
     python benchmarks/runner.py BUNDLE [--gguf TEACHER.gguf] [--peer-python PYTHON] [--out DIR]
         [--contexts 128,512,1024,2048,8192,32768] [--peer-max 8192] [--threads 2] [--profile]
 
---gguf: the teacher, which is requantized to Q8_0 first unless its name says that it is, or --as-is; without
-it, or without llama-cpp-python (in the interpreter --peer-python), only the bundle is measured. --peer-max: longest
-context for the peer, whose prefill is quadratic. Each context gets a fresh process on each side, so that peak
-memory is its own, and the two take turns of 512 tokens read or 8 written, so that whatever else the machine
-does meets both alike. Decode is stated by the fastest tenth of the steps, which on a busy machine is nearer
-to what an idle one does, and by the median step; the goals use the first for both sides. Say which machine,
-and how busy (load_average), with any ratio.
+--gguf: the teacher, which is requantized to Q8_0 first unless its name says that it is, or --as-is;
+without it, or without llama-cpp-python (in the interpreter --peer-python), only the bundle is measured.
+--peer-max: longest context for the peer, whose prefill is quadratic. Each context gets a fresh process on
+each side, so that peak memory is its own, and the two take turns of 512 tokens read or 8 written, so that
+whatever else the machine does meets both alike. Decode is stated by the fastest tenth of the steps, which
+on a busy machine is nearer to what an idle one does, and by the median step; the goals use the first for
+both sides. Say which machine, and how busy (load_average), with any ratio.
 Prints a table; writes runner.png and runner.json to --out; the last line of output is one JSON document.
 """
 
