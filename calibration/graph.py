@@ -58,9 +58,20 @@ class RecurrentGraph:
 
     def read(self, text: np.ndarray, chunk: int) -> Iterator[dict[str, np.ndarray]]:
         """The outputs for each chunk of a text [T], read from an empty state."""
-        state = self.empty_state()
-        start = 0
-        while start < len(text):
-            ids = text[None, start : start + min(chunk, state.room)].astype(np.int64)
+        for _, ids, state in self.pieces(text, chunk):
             yield self.run(ids, state)
+
+    def pieces(
+        self, text: np.ndarray, chunk: int, keep_state: bool = True
+    ) -> Iterator[tuple[int, np.ndarray, State]]:
+        """(start, ids [1,n], the state to ``run`` them on) of each chunk of a text [T], as its turn comes.
+
+        keep_state: False begins every chunk from an empty state.
+        """
+        state, start = self.empty_state(), 0
+        while start < len(text):
+            if not keep_state:
+                state = self.empty_state()
+            ids = text[None, start : start + min(chunk, state.room)].astype(np.int64)
+            yield start, ids, state
             start += ids.shape[1]

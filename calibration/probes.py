@@ -80,14 +80,8 @@ class Probed:
     def read(self, texts: np.ndarray, chunk: int, keep_state: bool = True) -> Iterator[Seen]:
         """Texts int [n,T], each from an empty state, in chunks that carry the state on (or do not)."""
         for number, row in enumerate(texts):
-            state = self.graph.empty_state()
-            start = 0
-            while start < len(row):
-                if not keep_state:
-                    state = self.graph.empty_state()
-                ids = row[None, start : start + min(chunk, state.room)].astype(np.int64)
+            for start, ids, state in self.graph.pieces(row, chunk, keep_state):
                 yield Seen(number, start, ids.shape[1], self.run(ids, state))
-                start += ids.shape[1]
 
 
 def _prune(graph: Any) -> None:
