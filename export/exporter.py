@@ -24,13 +24,13 @@ from lawcat_edge.export.flavours import rewrite
 from lawcat_edge.export.layout import Layout, RounderOf
 from lawcat_edge.export.schemes import LINEARS, SCHEMES, Scheme
 from lawcat_edge.export.stitch import SLOTS, stitch
-from lawcat_edge.export.trace import trace_layer
+from lawcat_edge.export.trace import Template, trace_layer
 from lawcat_edge.export.verify import Agreement, Reference, verify_folder
 from lawcat_edge.export.writer import DATA, JOURNAL, DataWriter
 from lawcat_edge.families import Geometry
 from lawcat_edge.parameters import parameter_shapes
 from lawcat_edge.progress import Progress, quiet
-from lawcat_edge.runtime.bundle.flavours import FLAVOURS, check_flavours, ranked
+from lawcat_edge.runtime.bundle.flavours import DEFAULT_OPS, FLAVOURS, check_flavours, for_others
 from lawcat_edge.runtime.bundle.manifest import (
     MANIFEST,
     Manifest,
@@ -68,7 +68,7 @@ class ExportOptions:
     """
 
     scheme: Scheme = SCHEMES["int8"]
-    ops: tuple[str, ...] = ("ort",)
+    ops: tuple[str, ...] = DEFAULT_OPS
     name: str | None = None
     ort_format: bool = False
     verify: bool = True
@@ -164,7 +164,7 @@ def _complete(student: Student, folder: Path, name: str, options: ExportOptions)
         mobile.write_ort(folder, graphs[flavour]["last"])
         mobile.write_turns(folder)
         graphs[flavour]["ort_format"] = mobile.GRAPH
-    best = ranked(ops)[0]  # which onnxruntime-genai gets
+    best = for_others(ops)  # which onnxruntime-genai gets
     if genai.needs_own_graph(config):
         graphs[best]["genai"] = genai.GRAPH
     file = graphs[best].get("genai", graphs[best]["last"])
@@ -235,14 +235,21 @@ def _write_graphs(
     layout: Layout, folder: Path, tensors: Mapping[str, ir.ExternalTensor], ops: Sequence[str]
 ) -> dict[str, float]:
     """The graphs of every flavour; returns the mean number of nodes a layer of each."""
-    kinds = {layout.config.full_attention(i) for i in range(layout.geometry.num_layers)}
-    layers = {full: trace_layer(layout.geometry, layout.config, full) for full in kinds}
+
+    def traced(native: bool = False) -> dict[bool, Template]:
+        kinds = {layout.config.full_attention(i) for i in range(layout.geometry.num_layers)}
+        return {full: trace_layer(layout.geometry, layout.config, full, native) for full in kinds}
+
+    layers = traced()
     counts = {}
-    own_graph, best = genai.needs_own_graph(layout.config), ranked(ops)[0]
+    own_graph, best = genai.needs_own_graph(layout.config), for_others(ops)
     for kind in ("last", "all"):
         model = stitch(layout, tensors, layers, all_positions=kind == "all")
         for flavour in ops:
-            if flavour != "ort":
+            if flavour == "native":
+                every = kind == "all"
+                variant = stitch(layout, tensors, traced(native=True), every, choosable=not every)
+            elif flavour != "ort":
                 variant = rewrite(model, flavour, tensors)
             elif kind == "last" and (own_graph or best != "ort"):
                 # Not where onnxruntime-genai reads this graph: it takes logits of a free number for all.

@@ -22,7 +22,7 @@ _library = torch.library.Library("lawcat", "DEF")
 _translations: list[tuple[str, Callable[..., Any]]] = []
 
 
-def _register(
+def register(
     schema: str, real: Callable[..., Any], shapes: Callable[..., Any], nodes: Callable[..., Any]
 ) -> Any:
     """Define ``lawcat::<schema>`` with its three sides, and return it."""
@@ -39,7 +39,7 @@ def translations() -> dict[Any, Callable[..., Any]]:
     return {getattr(torch.ops.lawcat, name).default: nodes for name, nodes in _translations}
 
 
-def _node(
+def node(
     op: str, inputs: Sequence[Any], outputs: int = 1, domain: str = MS, version: int = 1, **attributes: Any
 ) -> Any:
     """Record one ONNX node; its output, or a tuple of them. Inputs may be None where an operator allows."""
@@ -77,24 +77,24 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, name: str) -> Tensor
 
 
 # Which product it becomes is decided later, by the scheme: the stitcher replaces this node.
-linear = _register(
+linear = register(
     "linear(Tensor x, Tensor weight, Tensor? bias, str name) -> Tensor",
     _linear,
     lambda x, weight, bias, name: x.new_empty(*x.shape[:-1], weight.shape[0]),
-    lambda x, weight, bias, name: _node("Linear", [x, weight, bias], domain="lawcat", name=name),
+    lambda x, weight, bias, name: node("Linear", [x, weight, bias], domain="lawcat", name=name),
 )
 
 
-def _rms(x: Tensor, gamma: Tensor, eps: float) -> Tensor:
+def rms(x: Tensor, gamma: Tensor, eps: float) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * gamma
 
 
-rms_norm = _register(
+rms_norm = register(
     "rms_norm(Tensor x, Tensor gamma, float eps) -> Tensor",
-    _rms,
+    rms,
     lambda x, gamma, eps: torch.empty_like(x),
     # an operator of onnxruntime's that has no domain of its own
-    lambda x, gamma, eps: _node(
+    lambda x, gamma, eps: node(
         "SimplifiedLayerNormalization", [x, gamma], domain="", axis=-1, epsilon=float(eps)
     ),
 )
@@ -104,33 +104,33 @@ def _skip_norm(
     x: Tensor, update: Tensor, gamma: Tensor, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
     total = x + update if bias is None else x + update + bias
-    return _rms(total, gamma, eps), total
+    return rms(total, gamma, eps), total
 
 
 def _skip_norm_nodes(x: Any, update: Any, gamma: Any, bias: Any, eps: float) -> Any:
     inputs = [x, update, gamma] if bias is None else [x, update, gamma, bias]
-    normed, _, _, total = _node("SkipSimplifiedLayerNormalization", inputs, 4, epsilon=float(eps))
+    normed, _, _, total = node("SkipSimplifiedLayerNormalization", inputs, 4, epsilon=float(eps))
     return normed, total
 
 
-skip_norm = _register(
+skip_norm = register(
     "skip_norm(Tensor x, Tensor update, Tensor gamma, Tensor? bias, float eps) -> (Tensor, Tensor)",
     _skip_norm,
     lambda x, update, gamma, bias, eps: (torch.empty_like(x), torch.empty_like(x)),
     _skip_norm_nodes,
 )
-silu = _register(
+silu = register(
     "silu(Tensor x) -> Tensor",
     F.silu,
     torch.empty_like,
-    lambda x: _node("QuickGelu", [x], alpha=1.0),
+    lambda x: node("QuickGelu", [x], alpha=1.0),
 )
 # torch's own has a threshold, which its exporter writes out
-softplus = _register(
+softplus = register(
     "softplus(Tensor x) -> Tensor",
     lambda x: torch.logaddexp(x, torch.zeros_like(x)),
     torch.empty_like,
-    lambda x: _node("Softplus", [x], domain="", version=22),
+    lambda x: node("Softplus", [x], domain="", version=22),
 )
 
 
@@ -148,11 +148,11 @@ def _reshaped(shape: Sequence[int], target: Sequence[int]) -> list[int]:
 def _reshape_nodes(x: Any, target: Sequence[int]) -> Any:
     import onnxscript
 
-    return _node("Reshape", [x, onnxscript.opset23.Constant(value_ints=list(target))], domain="", version=21)
+    return node("Reshape", [x, onnxscript.opset23.Constant(value_ints=list(target))], domain="", version=21)
 
 
 # One node with a constant target, in which 0 keeps a size and -1 is what is left; torch's own computes it.
-reshape = _register(
+reshape = register(
     "reshape(Tensor x, int[] target) -> Tensor",
     lambda x, target: x.reshape(_reshaped(x.shape, target)).clone(),
     lambda x, target: x.new_empty(_reshaped(x.shape, target)),
@@ -174,11 +174,11 @@ def _rotary(x: Tensor, position_ids: Tensor, cos: Tensor, sin: Tensor, num_heads
     return _rotated(heads, cos[position_ids][:, None], sin[position_ids][:, None]).transpose(1, 2).flatten(2)
 
 
-rotary = _register(
+rotary = register(
     "rotary(Tensor x, Tensor position_ids, Tensor cos, Tensor sin, int num_heads) -> Tensor",
     _rotary,
     lambda x, position_ids, cos, sin, num_heads: torch.empty_like(x),
-    lambda x, position_ids, cos, sin, num_heads: _node(
+    lambda x, position_ids, cos, sin, num_heads: node(
         "RotaryEmbedding",
         [x, position_ids, cos, sin],
         num_heads=num_heads,
@@ -196,11 +196,11 @@ def _causal_conv(x: Tensor, taps: Tensor, past: Tensor) -> tuple[Tensor, Tensor]
 
 
 # x [B,C,T], taps [C,1,K], past [B,C,K-1]
-causal_conv = _register(
+causal_conv = register(
     "causal_conv(Tensor x, Tensor taps, Tensor past) -> (Tensor, Tensor)",
     _causal_conv,
     lambda x, taps, past: (torch.empty_like(x), torch.empty_like(past)),
-    lambda x, taps, past: _node("CausalConvWithState", [x, taps, None, past], 2, ndim=1),
+    lambda x, taps, past: node("CausalConvWithState", [x, taps, None, past], 2, ndim=1),
 )
 
 
@@ -215,11 +215,11 @@ def _linear_attention(q: Tensor, k: Tensor, v: Tensor, past: Tensor, decay: Tens
 
 
 # q, k, decay [B,T,HF], v [B,T,H(d+1)], past [B,H,F,d+1]
-linear_attention = _register(
+linear_attention = register(
     "linear_attention(Tensor q, Tensor k, Tensor v, Tensor past, Tensor decay) -> (Tensor, Tensor)",
     _linear_attention,
     lambda q, k, v, past, decay: (torch.empty_like(v), torch.empty_like(past)),
-    lambda q, k, v, past, decay: _node(
+    lambda q, k, v, past, decay: node(
         "LinearAttention",
         [q, k, v, past, decay],
         2,
@@ -278,7 +278,7 @@ def _attention_nodes(outputs: int, *inputs: Any) -> Any:
     q, k, v, key, value, seqlens_k, total, cos, sin, position_ids = tensors
     d = int(key.shape[3])
     attributes: dict[str, Any] = {"qk_output": 2} if outputs == 4 else {}  # the weights
-    return _node(
+    return node(
         "GroupQueryAttention",
         [q, k, v, key, value, seqlens_k, total, cos, sin, position_ids],
         outputs,
@@ -296,7 +296,7 @@ def _window_nodes(*inputs: Any) -> Any:
 
     out, key, value, weights = _attention_nodes(4, *inputs)
     axis = onnxscript.opset23.Constant(value_ints=[-1])
-    return out, key, value, _node("ReduceMax", [weights, axis], domain="", version=20, keepdims=1)
+    return out, key, value, node("ReduceMax", [weights, axis], domain="", version=20, keepdims=1)
 
 
 _ARGUMENTS = (
@@ -307,14 +307,14 @@ _ARGUMENTS = (
 # v [B,T,Gd], or all in q and the others None; buffers [B,G,C,d] in which the rows of these T tokens go to the
 # slots up to seqlens_k [B]; total is the largest of these and one. Tokens are rotated by rows position_ids
 # [B,T] of the tables cos and sin [R,d/2], R >= total. Returns [B,T,Hd] and the buffers.
-group_query_attention = _register(
+group_query_attention = register(
     f"group_query_attention({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
     lambda *inputs: _softmax_attention(*inputs)[:3],
     lambda *inputs: _shapes_of_attention(*inputs)[:3],
     lambda *inputs: _attention_nodes(3, *inputs),
 )
 # The same, and the largest weight of every row, [B,H,T,1]: one over the sum of weights that are scaled by it.
-scaled_attention = _register(
+scaled_attention = register(
     f"scaled_attention({_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
     _softmax_attention,
     _shapes_of_attention,

@@ -116,13 +116,18 @@ class DecoderLayer(nn.Module):
         eps = g.rms_norm_eps
         update = self.linear("o", y, tensors)
         h, x = ops.skip_norm(x, update, tensors["norm_attn"], tensors.get("o_bias"), eps)
-        gate, up = torch.split(self.linear("gate_up", h, tensors), g.intermediate_size, 2)
-        update = self.linear("down", ops.silu(gate) * up, tensors)
+        update = self.linear("down", self.swiglu(self.linear("gate_up", h, tensors)), tensors)
         h, x = ops.skip_norm(x, update, tensors["norm_next"], tensors.get("down_bias"), eps)
         return (x, h, *states)
 
     def linear(self, name: str, x: Tensor, tensors: Tensors) -> Tensor:
         result: Tensor = ops.linear(x, tensors[f"{name}.weight"], tensors.get(f"{name}.bias"), name)
+        return result
+
+    def swiglu(self, gate_up: Tensor) -> Tensor:
+        """silu of the first half of the columns times the second half."""
+        gate, up = torch.split(gate_up, self.geometry.intermediate_size, 2)
+        result: Tensor = ops.silu(gate) * up
         return result
 
     def qk_normed(self, qk: Tensor, gamma: Tensor) -> list[Tensor]:

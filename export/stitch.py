@@ -12,6 +12,7 @@ from lawcat_edge.export.builder import GraphBuilder
 from lawcat_edge.export.layout import Layout
 from lawcat_edge.export.trace import OPSET, Template
 from lawcat_edge.runtime.bundle.manifest import StateTensor, expected_spans, expected_state
+from lawcat_edge.runtime.native import DOMAIN
 
 SLOTS = {"window": "W", "full": "S"}  # names of the dimensions along which buffers grow
 
@@ -66,7 +67,10 @@ def stitch(
 
     g.output(logits, "logits", ["B", "T" if all_positions else "P" if choosable else 1, V])
     interface.end(g, present)
-    return g.model({"": OPSET, "com.microsoft": 1})
+    opsets = {"": OPSET, "com.microsoft": 1}
+    if any(node.domain == DOMAIN for node in g.nodes):
+        opsets[DOMAIN] = 1
+    return g.model(opsets)
 
 
 class Interface:

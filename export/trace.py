@@ -15,6 +15,7 @@ import onnx_ir as ir
 import torch
 
 from lawcat_edge.config import FULL, LINEAR, LawcatConfig
+from lawcat_edge.export.native import native_module
 from lawcat_edge.export.operators import translations
 from lawcat_edge.export.step import DecoderLayer, layer_module
 from lawcat_edge.families import Geometry
@@ -36,14 +37,18 @@ class Template:
     inputs: tuple[tuple[str, str], ...]
 
 
-def trace_layer(geometry: Geometry, config: LawcatConfig, full: bool) -> Template:
-    """One decoder layer of a kind, with B, T and the buffers' sizes dynamic; see ``DecoderLayer.forward``."""
+def trace_layer(geometry: Geometry, config: LawcatConfig, full: bool, native: bool = False) -> Template:
+    """One decoder layer of a kind, with B, T and the buffers' sizes dynamic; see ``DecoderLayer.forward``.
+
+    native: in this project's own operators.
+    """
     # Layers differ from each other, and models in these numbers, without a difference in the graph
     geometry = replace(geometry, num_layers=1, vocab_size=1)
     kinds = (LINEAR, FULL) if full else ()
     span = config.span if full else Span(0)
     config = replace(config, layer_types=kinds, attention_span=span.tokens, attention_sinks=span.sinks)
-    return _trace_layer(*(json.dumps(part.to_dict(), sort_keys=True) for part in (geometry, config)), full)
+    settings = (json.dumps(part.to_dict(), sort_keys=True) for part in (geometry, config))
+    return _trace_layer(*settings, full, native)
 
 
 def example_inputs(module: DecoderLayer, batch: int = 2, tokens: int = 3, slots: int = 8) -> dict[str, Any]:
@@ -74,9 +79,9 @@ def example_inputs(module: DecoderLayer, batch: int = 2, tokens: int = 3, slots:
 
 # A trace takes seconds; several schemes of one model share it
 @functools.lru_cache(maxsize=8)
-def _trace_layer(geometry: str, config: str, full: bool) -> Template:
+def _trace_layer(geometry: str, config: str, full: bool, native: bool) -> Template:
     g, c = Geometry.from_dict(json.loads(geometry)), LawcatConfig.from_dict(json.loads(config))
-    module = layer_module(g, c, full).eval()
+    module = (native_module if native else layer_module)(g, c, full).eval()
     arguments = example_inputs(module)
     batch, tokens = torch.export.Dim("B"), torch.export.Dim("T")
     slots, rows = torch.export.Dim("C", min=2), torch.export.Dim("R", min=2)

@@ -153,7 +153,6 @@ def _export(teacher: Any, adapter: Path, bundle: Path, name: str | None) -> None
             out=bundle,
             adapter=adapter,
             scheme="int8",
-            ops="ort",
             name=name,
             verify=True,
             overwrite=True,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lawcat_edge.commands.options import CALIBRATION_TOKENS, CalibrationFiles, CalibrationTokens
-from lawcat_edge.runtime.bundle.flavours import FLAVOURS
+from lawcat_edge.runtime.bundle.flavours import DEFAULT_OPS, FLAVOURS
 from lawcat_edge.runtime.errors import LawcatError
 
 if TYPE_CHECKING:
@@ -47,7 +47,9 @@ def export(
     scheme: Annotated[
         str, typer.Option(help="fp32, int8, int8-dynamic, int8-static, int4, or a JSON file (your table).")
     ] = "int8",
-    ops: Annotated[str, typer.Option(help=f"Operators, one or several: {OPERATORS}.")] = "ort",
+    ops: Annotated[str, typer.Option(help=f"Operators, one or several: {OPERATORS}.")] = ",".join(
+        DEFAULT_OPS
+    ),
     ort_format: Annotated[
         bool, typer.Option("--ort-format", help="Also write model.ort and its operators, for mobile apps.")
     ] = False,

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from lawcat_edge.runtime import native
 from lawcat_edge.runtime.errors import LawcatError
 
 MAX_MODEL_BYTES = 128 << 20
@@ -26,6 +27,7 @@ MAX_RANK = 16
 MAX_ELEMENTS = 1 << 36
 MAX_NESTING = 16
 DOMAINS = ("", "ai.onnx", "com.microsoft")
+OWN = {(native.DOMAIN, op) for op in native.OPERATORS}
 
 # Bits an element, by TensorProto.DataType (8, string, cannot be external; 14 and 15 are complex).
 _BITS = {1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 9: 8, 10: 16, 11: 64, 12: 32, 13: 64, 14: 64, 15: 128}
@@ -174,7 +176,7 @@ def _graph(view: memoryview, summary: ModelSummary, size_of: SizeOf, depth: int,
             continue
         if number == 1:
             node = _node(value, summary, size_of, depth)
-            if node.domain not in DOMAINS:
+            if node.domain not in DOMAINS and (node.domain, node.op) not in OWN:
                 summary.suspect(f"an operator of the domain {node.domain[:60]!r}")
             if top:
                 summary.nodes.append(node)

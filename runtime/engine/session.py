@@ -3,7 +3,7 @@
 The state lives in numpy arrays that are bound to the session as inputs *and* outputs, so a step allocates
 and copies nothing. A tensor is updated in place only where the graph's only reader of the old value is the
 operator that writes the new one (LinearAttention, CausalConvWithState and GroupQueryAttention of
-com.microsoft, whose CPU kernels allow it); every other one alternates between two arrays.
+com.microsoft and LawcatAttention, whose CPU kernels allow it); every other one alternates between two arrays.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from lawcat_edge.runtime.bundle.flavours import ranked
+from lawcat_edge.runtime import native
+from lawcat_edge.runtime.bundle.flavours import FLAVOURS, can_run, ranked
 from lawcat_edge.runtime.bundle.graph_check import ModelSummary
 from lawcat_edge.runtime.bundle.manifest import Bundle, StateTensor
 from lawcat_edge.runtime.engine import rotary
@@ -33,7 +34,9 @@ PORTABLE_CHUNK = 32
 _KINDS = ("last", "all", "step", "chunk", "ort_format")
 _IN_PLACE_KINDS = {"last", "all"}  # graphs whose operators are known, because the bundle's check reads them
 _FIXED = ("step", "chunk")
-_IN_PLACE = {"LinearAttention", "CausalConvWithState", "GroupQueryAttention"}
+_MS = "com.microsoft"
+_IN_PLACE = {(_MS, op) for op in ("LinearAttention", "CausalConvWithState", "GroupQueryAttention")}
+_IN_PLACE.add((native.DOMAIN, "LawcatAttention"))
 
 
 def default_chunk(window: int) -> int:
@@ -67,8 +70,8 @@ class Engine:
     """A bundle's graphs in onnxruntime sessions. ``forward`` is all there is.
 
     threads: intra-op threads (default: physical cores this process may use).
-    flavour: 'ort', 'portable' or 'onnx'; default the first of these that the bundle has and that the
-    onnxruntime at hand can run.
+    flavour: 'native', 'ort', 'portable' or 'onnx'; default the first of these that the bundle has and that
+    this package and the onnxruntime at hand can run.
     chunk: tokens of a prompt read at once; default as ``default_chunk``, and at most 32 with 'portable'.
     """
 
@@ -103,6 +106,8 @@ class Engine:
         self._in_place = [
             all(_in_place_is_safe(graph, tensor) for graph in known) for tensor in manifest.state
         ]
+        # the buffers that a GroupQueryAttention appends to
+        self._alone = {"ort": {"window", "full"}, "native": {"full"}}.get(self.flavour, set())
         self._trial_logits: np.ndarray | None = None  # rows that are not used take no memory
         self._frequencies = rotary.inverse_frequencies(manifest.geometry) if manifest.rotary else None
         chosen = {item.name for item in self._session("last").get_overridable_initializers()}
@@ -171,7 +176,7 @@ class Engine:
     def _read(self, kind: str, ids: np.ndarray, state: State) -> np.ndarray:
         T = ids.shape[1]
         state.make_room(T)
-        if state.batch > 1 and T > 1 and state.buffers and self.flavour == "ort":
+        if state.batch > 1 and T > 1 and self._alone & set(state.buffers):
             # GroupQueryAttention takes several tokens beside earlier ones of one sequence alone
             rows = [self._call(kind, ids[i : i + 1], state.row(i)).copy() for i in range(state.batch)]
             logits = np.concatenate(rows)
@@ -291,6 +296,8 @@ class Engine:
             options.enable_profiling = True
             options.profile_file_prefix = self._profile_prefix
         path = self.bundle.path(graphs[kind])
+        if FLAVOURS[self.flavour].own:
+            options.register_custom_ops_library(str(native.library()))
         try:
             session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:
@@ -352,11 +359,17 @@ def _choose_flavour(bundle: Bundle, flavour: str | None) -> str:
     if flavour is None:
         ordered = ranked(available)
         installed, needed = _version(_onnxruntime().__version__), bundle.manifest.min_onnxruntime
-        return next((op for op in ordered if installed >= _version(needed[op])), ordered[0])
+        able = [op for op in ordered if can_run(op)]
+        return next((op for op in able if installed >= _version(needed[op])), able[0])
     if flavour not in available:
         raise LawcatError(
             f"The bundle has no {flavour!r} graph, only {', '.join(available)}; "
             f"export it with `--ops {flavour}`."
+        )
+    if not can_run(flavour):
+        raise LawcatError(
+            f"This installation was built without a C compiler and lacks the operators of {flavour!r}; "
+            "install it again where there is one, or take another flavour."
         )
     return flavour
 
@@ -382,8 +395,7 @@ def _in_place_is_safe(graph: ModelSummary, tensor: StateTensor) -> bool:
     own = graph.readers.get(tensor.input, [])
     return (
         len(own) == 1
-        and own[0].op in _IN_PLACE
-        and own[0].domain == "com.microsoft"
+        and (own[0].domain, own[0].op) in _IN_PLACE
         and tensor.output in own[0].outputs
         # Nobody may read the new value either: it could meet the buffer of another step.
         and tensor.output not in graph.readers
