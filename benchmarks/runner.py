@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from lawcat_edge.runtime.bundle.flavours import ranked
+from lawcat_edge.runtime.bundle.flavours import runnable
 
 # What the project promises, as (figure, context, least ratio of ours to the peer's); memory: at most.
 GOALS = (
@@ -43,7 +43,7 @@ def weights_per_token(bundle: Path) -> int:
     import onnx
 
     manifest = json.loads((bundle / "lawcat_bundle.json").read_text())
-    flavour = ranked(manifest["ops"])[0]
+    flavour = runnable(manifest["ops"])[0]
     graph = onnx.load(str(bundle / manifest["graphs"][flavour]["last"]), load_external_data=False).graph
     looked_up = {name for node in graph.node if node.op_type.startswith("Gather") for name in node.input}
     used = {name for node in graph.node if not node.op_type.startswith("Gather") for name in node.input}

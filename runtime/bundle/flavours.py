@@ -47,6 +47,11 @@ def can_run(op: str) -> bool:
     return not FLAVOURS[op].own or library() is not None
 
 
+def runnable(ops: Iterable[str]) -> list[str]:
+    """Those of these flavours that this package can run, the preferred one first."""
+    return [name for name in ranked(ops) if can_run(name)]
+
+
 def for_others(ops: Iterable[str]) -> str:
     """The one of these flavours that goes into the files of other runtimes."""
     return next(name for name in ranked(ops) if not FLAVOURS[name].own)

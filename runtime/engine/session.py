@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from lawcat_edge.runtime import native
-from lawcat_edge.runtime.bundle.flavours import FLAVOURS, can_run, ranked
+from lawcat_edge.runtime.bundle.flavours import FLAVOURS, can_run, runnable
 from lawcat_edge.runtime.bundle.graph_check import ModelSummary
 from lawcat_edge.runtime.bundle.manifest import Bundle, StateTensor
 from lawcat_edge.runtime.engine import rotary
@@ -357,19 +357,19 @@ class Engine:
 def _choose_flavour(bundle: Bundle, flavour: str | None) -> str:
     available = bundle.manifest.ops
     if flavour is None:
-        ordered = ranked(available)
         installed, needed = _version(_onnxruntime().__version__), bundle.manifest.min_onnxruntime
-        able = [op for op in ordered if can_run(op)]
-        return next((op for op in able if installed >= _version(needed[op])), able[0])
+        able = runnable(available) or available
+        flavour = next((op for op in able if installed >= _version(needed[op])), able[0])
     if flavour not in available:
+        wanted = f"ort,{flavour}" if flavour in FLAVOURS and FLAVOURS[flavour].own else flavour
         raise LawcatError(
             f"The bundle has no {flavour!r} graph, only {', '.join(available)}; "
-            f"export it with `--ops {flavour}`."
+            f"export it with `--ops {wanted}`."
         )
     if not can_run(flavour):
         raise LawcatError(
-            f"This installation was built without a C compiler and lacks the operators of {flavour!r}; "
-            "install it again where there is one, or take another flavour."
+            f"This installation lacks the operators of {flavour!r}: it was built without a C compiler, or "
+            "LAWCAT_EDGE_NATIVE is 0; install it again where there is one, or take another flavour."
         )
     return flavour
 
