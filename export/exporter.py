@@ -30,7 +30,7 @@ from lawcat_edge.export.writer import DATA, JOURNAL, DataWriter
 from lawcat_edge.families import Geometry
 from lawcat_edge.parameters import parameter_shapes
 from lawcat_edge.progress import Progress, quiet
-from lawcat_edge.runtime.bundle.flavours import DEFAULT_OPS, FLAVOURS, check_flavours, for_others
+from lawcat_edge.runtime.bundle.flavours import DEFAULT_OPS, FLAVOURS, can_run, check_flavours, for_others
 from lawcat_edge.runtime.bundle.manifest import (
     MANIFEST,
     Manifest,
@@ -138,7 +138,9 @@ def _checked_layout(student: Student, options: ExportOptions) -> Layout:
     check_flavours(ops)
     if options.ort_format:
         mobile.ort_flavour(ops)
-    if "ort" in ops and geometry.head_dim % 16 and expected_spans(geometry.to_dict(), config.to_dict()):
+    spans = expected_spans(geometry.to_dict(), config.to_dict())
+    by_onnxruntime = ("ort" in ops and spans) or ("native" in ops and "full" in spans)
+    if geometry.head_dim % 16 and by_onnxruntime:
         raise LawcatError(
             f"onnxruntime's attention takes heads whose width is a multiple of 16, not {geometry.head_dim}; "
             "export with --ops portable."
@@ -187,13 +189,14 @@ def _complete(student: Student, folder: Path, name: str, options: ExportOptions)
 
 
 def _verify(folder: Path, manifest: Manifest, options: ExportOptions) -> dict[str, Agreement | None]:
-    """Agreement of every flavour with the reference; what a device can replay goes into the manifest."""
+    """Agreement with the reference of every flavour that can run here; what a device can replay goes into the
+    manifest."""
     measured: dict[str, Agreement | None] = {}
     if not options.verify:
         return measured
     options.progress("verify", 0, 1)
     scheme, tokens = options.scheme, sample_tokens(manifest.vocab_size)
-    for flavour in options.ops:
+    for flavour in filter(can_run, options.ops):
         parity, measured[flavour] = verify_folder(
             folder, tokens, options.reference, scheme.max_rel_err, scheme.max_kl, flavour
         )
