@@ -14,6 +14,7 @@ from lawcat_edge.calibration.comparison.rows import Row, file_name, key_of
 from lawcat_edge.export.exporter import ExportOptions, export_bundle
 from lawcat_edge.export.schemes import Scheme
 from lawcat_edge.progress import Progress
+from lawcat_edge.runtime.bundle.flavours import DEFAULT_OPS, runnable
 from lawcat_edge.runtime.bundle.manifest import Bundle
 from lawcat_edge.runtime.errors import LawcatError
 from lawcat_edge.runtime.files import read_json, write_json
@@ -39,7 +40,7 @@ def export_scheme(
     resume: an old bundle serves when it was made of the same and is still whole.
     """
     text = calibration.identity if scheme.static or scheme.rounding == "gptq" else None
-    key = key_of(student.source, scheme.to_dict(), text, __version__)
+    key = key_of(student.source, scheme.to_dict(), text, __version__, DEFAULT_OPS)
     mark = folder.with_name(f"{folder.name}.json")
     held = _still_there(folder, mark, key) if resume else None
     if held is None:
@@ -70,7 +71,7 @@ def _make(
         "state_bytes": bundle.manifest.state_bytes(),
         "bundle_sha256": bundle.sha256,
         "scheme": scheme.to_dict(),
-        "nodes_per_layer": report["nodes_per_layer"]["ort"],
+        "nodes_per_layer": report["nodes_per_layer"][runnable(options.ops)[0]],
         "export_seconds": round(time.perf_counter() - began, 2),
     }
     write_json(folder.with_name(f"{folder.name}.json"), made)
