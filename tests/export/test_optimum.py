@@ -179,7 +179,7 @@ def test_the_optimum_command_passes_its_options_on(
     sampling = ["--temperature", "0.3", "--top-k", "40", "--top-p", "0.9", "--min-p", "0.1"]
     sampling += ["--repetition-penalty", "1.15"]
     optimum("-m", "t", *sampling, "out")
-    assert seen[-1] == ["export", "t", "--out", "out", "--scheme", "int8", "--ops", "ort", *sampling]
+    assert seen[-1] == ["export", "t", "--out", "out", "--scheme", "int8", "--ops", "ort,native", *sampling]
 
 
 def test_the_optimum_command_writes_the_sampling_that_is_asked(teacher: Path, tmp_path: Path) -> None:

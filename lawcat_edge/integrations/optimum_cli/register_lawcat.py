@@ -23,13 +23,14 @@ class LawcatExportCommand(BaseOptimumCLICommand):
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
-        from lawcat_edge.runtime.bundle.flavours import FLAVOURS
+        from lawcat_edge.runtime.bundle.flavours import DEFAULT_OPS, FLAVOURS
 
         add: Any = parser.add_argument
         add("-m", "--model", required=True, help="Teacher: a folder, a GGUF file, a hub id, or smollm2.")
         add("--adapter", help="Adapter folder of lawcat-edge; without it, an untrained conversion.")
         add("--scheme", default="int8", help="fp32, int8, int8-dynamic, int4, or a JSON file.")
-        add("--ops", default="ort", help=f"Operators, one or several: {','.join(FLAVOURS)}.")
+        known = ",".join(FLAVOURS)
+        add("--ops", default=",".join(DEFAULT_OPS), help=f"Operators, one or several: {known}.")
         add("--ort-format", action="store_true", help="Also write model.ort, for mobile apps.")
         add("--no-verify", action="store_true", help="Do not replay tokens in onnxruntime against torch.")
         add("--overwrite", action="store_true", help="Replace a bundle that is of something else.")
