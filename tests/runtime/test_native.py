@@ -1,0 +1,319 @@
+"""The project's own operators: right in every instruction set, and unmoved by graphs that are not."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+
+from exported import make_bundle, make_student
+from native_layers import LAYERS, SWIGLU, TOKENS, Layer, cases, feeds, reference, swiglu_input
+from tiny_bundle import rewrite_manifest
+
+from lawcat_edge.cli import run
+from lawcat_edge.config import LawcatConfig
+from lawcat_edge.runtime import Bundle, Engine, native
+from lawcat_edge.runtime.bundle.flavours import DEFAULT_OPS, can_run
+from lawcat_edge.runtime.bundle.graph_check import check_model
+from lawcat_edge.runtime.bundle.manifest import write_manifest
+from lawcat_edge.runtime.bundle.verify import verify
+from lawcat_edge.runtime.errors import LawcatError
+
+HELPERS = Path(__file__).parents[1] / "helpers"
+built = pytest.mark.skipif(native.library() is None, reason="the operators are not compiled")
+SINKS: dict[str, Any] = {
+    "layer_types": ("full_attention", "linear_attention"), "attention_span": 33, "attention_sinks": 3
+}  # fmt: skip
+BUNDLES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "narrow": ("llama", {"feature_dim": 1, "rope": True}, {"head_dim": 10, "tie_word_embeddings": False}),
+    "one": ("llama", {"feature_dim": 3, "window": 1, "window_scaling": "softmax"}, {"attention_bias": True}),
+    "large": ("qwen3", {"feature_dim": 8, "window": 150, "rope": True}, {"num_key_value_heads": 3}),
+    "hybrid": ("llama", {"feature_dim": 8, "window": 5, **SINKS}, {}),
+}
+OTHER = ("mistral", {"feature_dim": 9, "window": 4}, {"head_dim": 12, "tie_word_embeddings": False})
+
+
+def separately(name: str, *words: str, **environment: str) -> str:
+    """What a helper prints in a process of its own; a crash fails with the last that it said."""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("LAWCAT_EDGE")}
+    path = os.pathsep.join([str(HELPERS), str(HELPERS.parents[1]), clean.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, str(HELPERS / name), *words],
+        env={**clean, "PYTHONPATH": path, **environment},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    base = tmp_path_factory.mktemp("native")
+    every: dict[str, Any] = {name: (*case, DEFAULT_OPS) for name, case in BUNDLES.items()}
+    every["other"] = (*OTHER, ("portable", "native"))
+    for name, (family, settings, changes, ops) in every.items():
+        student = make_student(base / f"{name}-t", family, LawcatConfig(**settings), **changes)
+        make_bundle(*student, base / name, ops=ops)
+    return {name: base / name for name in every}
+
+
+@pytest.fixture
+def without(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As if the package had been built where there is no compiler."""
+    monkeypatch.setenv("LAWCAT_EDGE_NATIVE", "0")
+    native.library.cache_clear()
+    yield
+    native.library.cache_clear()
+
+
+# -- the numbers ---------------------------------------------------------------------------------------------
+
+ONES = [(isa, threads) for isa in ("base", "avx2", "avx512") for threads in (1, 2)]
+
+
+@pytest.fixture(scope="module", params=ONES, ids=lambda one: f"{one[0]}-{one[1]}")
+def outputs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    isa, threads = request.param
+    path = tmp_path_factory.mktemp("isa") / "out.npz"
+    separately("native_layers.py", str(path), str(threads), LAWCAT_EDGE_ISA=isa)
+    with np.load(path) as found:
+        return dict(found)
+
+
+@functools.cache
+def expected(name: str, T: int, B: int) -> dict[str, np.ndarray]:
+    return reference(LAYERS[name], feeds(LAYERS[name], T, B))
+
+
+@built
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_is_that_of_float64(outputs: dict[str, np.ndarray], name: str) -> None:
+    """Every number of tokens and of sequences; the states too, written apart and in place."""
+    compared = 0
+    for case, _, T, B in cases():
+        if not case.startswith(f"{name}/"):
+            continue
+        for key, want in expected(name, T, B).items():
+            for how in ("", "in_place/"):
+                got = outputs[f"{case}/{how}{key}"]
+                assert got.shape == want.shape
+                # written so that a NaN fails too
+                assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max(), (case, how, key)
+                compared += 1
+    assert compared == len(TOKENS) * 2 * 2 * (5 if LAYERS[name].window else 3)
+
+
+@built
+def test_the_gates_of_that_comparison_are_extreme() -> None:
+    """Some features are forgotten at once and others never: the comparison holds at both ends."""
+    layer: Layer = LAYERS["gates"]
+    fed = feeds(layer, 1, 1)
+    fed["packed"][..., (layer.H + layer.G) * layer.d :][..., : layer.d] = 0  # no value: what was is left
+    kept = reference(layer, fed)["recurrent_after"][..., : layer.d] / fed["recurrent_state"][..., : layer.d]
+    assert (kept < 1e-30).any()
+    assert (kept > 0.999).any()
+
+
+@built
+def test_nan_stays_in_its_sequence(outputs: dict[str, np.ndarray]) -> None:
+    for name, layer in LAYERS.items():
+        y = outputs[f"{name}/nan/y"]
+        assert np.isnan(y[0, 4:]).all(), name
+        assert np.isfinite(y[1:]).all(), name
+        assert np.isnan(outputs[f"{name}/nan/recurrent_after"][0, ..., : layer.d]).all(), name
+
+
+@built
+def test_swiglu_is_that_of_float64(outputs: dict[str, np.ndarray]) -> None:
+    for width, tokens in SWIGLU:
+        gate, up = np.split(swiglu_input(width, tokens).astype(np.float64), 2, -1)
+        want = gate / (1 + np.exp(np.minimum(-gate, 700))) * up
+        got = outputs[f"swiglu/{width}/{tokens}"]
+        assert np.abs(got - want).max() <= 1e-6 * np.abs(want).max(), (width, tokens)
+
+
+@built
+@pytest.mark.parametrize(("isa", "threads"), [("base", 2), ("avx2", 1), ("avx512", 1), ("avx512", 2)])
+def test_a_bundle_gives_the_logits_of_its_other_flavours(
+    bundles: dict[str, Path], isa: str, threads: int
+) -> None:
+    """Any number of tokens at once, of one sequence and of three; a trial leaves no trace until accepted."""
+    for other, names in (("ort", tuple(BUNDLES)), ("portable", ("other",))):
+        folders = [str(bundles[name]) for name in names]
+        told = json.loads(separately("native_bundles.py", str(threads), other, *folders, LAWCAT_EDGE_ISA=isa))
+        assert list(told) == folders
+        for folder, worst in told.items():
+            assert all(0 < error < 5e-5 for error in worst.values()), (folder, worst)
+
+
+# -- what is wrong ends in an error --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def malformed() -> dict[str, str]:
+    """What became of each malformed model."""
+    lines = separately("native_layers.py", "--malformed").splitlines()
+    return dict(line.split(": ", 1) for line in lines)
+
+
+@built
+def test_malformed_graphs_and_inputs_end_in_an_error(malformed: dict[str, str]) -> None:
+    """Wrong sizes, types, slots, positions and attributes; nothing is read or written outside of a tensor."""
+    assert len(malformed) > 160
+    # no numbers in, no numbers out
+    harmless = {"SwiGlu of (1, 2, 0)", "SwiGlu of (0, 2, 8)"}
+    for name, found in malformed.items():
+        if name not in GAINS:
+            assert found == "ran" if name in harmless else found.startswith("error: "), (name, found)
+    said = "\n".join(malformed.values())
+    for reason in (
+        "the weights do not fit each other",
+        "sizes out of range",
+        "must be constants",
+        "num_heads, kv_num_heads or window is out of range",
+        "the packed product is not",
+        "the packed product does not fit",
+        "the state does not fit",
+        "the rotary tables do not fit",
+        "a position is outside",
+        "the window's buffers do not fit",
+        "a token's slot is outside",
+        "an output of the operator is not asked",
+        "SwiGlu: the input is not",
+    ):
+        assert reason in said, reason
+
+
+GAINS = ("qk_gamma as an input", "qk_gamma empty")
+
+
+@built
+@pytest.mark.xfail(strict=True, reason="the operator takes such a layer for one without gains")
+def test_gains_that_are_no_constants_are_refused(malformed: dict[str, str]) -> None:
+    assert all(malformed[name].startswith("error: ") for name in GAINS)
+
+
+def _graph(path: Path) -> Any:
+    import onnx
+
+    return onnx.load(path, load_external_data=False)
+
+
+@pytest.mark.parametrize(
+    ("op", "domain"), [("Shell", "lawcat_edge"), ("LawcatAttention", "lawcat"), ("SwiGlu", "x")]
+)
+def test_another_operator_is_refused(bundles: dict[str, Path], op: str, domain: str) -> None:
+    graph = _graph(bundles["narrow"] / "model_native.onnx")
+    assert check_model(graph.SerializeToString(), "it", lambda name: 1 << 40).suspicious is None
+    (first, *_) = (node for node in graph.graph.node if node.domain == native.DOMAIN)
+    first.op_type, first.domain = op, domain
+    found = check_model(graph.SerializeToString(), "it", lambda name: 1 << 40)
+    assert found.suspicious == f"an operator of the domain {domain!r}"
+
+
+def _read_three_tokens(folder: Path) -> None:
+    engine = Engine(Bundle.open(folder), threads=1)
+    engine.forward(np.array([[1, 2, 3]]), engine.new_state())
+
+
+@built
+def test_a_bundle_with_a_wrong_native_graph_says_so(bundles: dict[str, Path], tmp_path: Path) -> None:
+    """From the command line: one sentence, when the graph is loaded and when it is run."""
+    folder = tmp_path / "b"
+    shutil.copytree(bundles["large"], folder)
+    manifest = Bundle.open(folder).manifest
+    whole = (folder / "model_native.onnx").read_bytes()
+    for attribute, reason in (("num_heads", "cannot load .*do not fit"), ("window", "failed to run .*fit")):
+        graph = _graph(folder / "model_native.onnx")
+        for node in graph.graph.node:
+            for entry in node.attribute:
+                if node.op_type == "LawcatAttention" and entry.name == attribute:
+                    entry.i = 0 if attribute == "window" else 6
+        (folder / "model_native.onnx").write_bytes(graph.SerializeToString())
+        write_manifest(folder, manifest)
+        with pytest.raises(LawcatError, match=reason):
+            _read_three_tokens(folder)
+        (folder / "model_native.onnx").write_bytes(whole)
+
+
+# -- with them and without -----------------------------------------------------------------------------------
+
+
+@built
+def test_the_runner_takes_them_where_it_has_them(bundles: dict[str, Path]) -> None:
+    assert can_run("native")
+    assert Engine(Bundle.open(bundles["narrow"]), threads=1).flavour == "native"
+    assert [check.name for check in verify(bundles["narrow"])][-2:] == ["parity (ort)", "parity (native)"]
+
+
+def test_without_them_the_next_flavour_runs(
+    bundles: dict[str, Path], without: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert not can_run("native")
+    bundle = Bundle.open(bundles["narrow"])
+    assert Engine(bundle, threads=1).flavour == "ort"
+    assert Engine(Bundle.open(bundles["other"]), threads=1).flavour == "portable"
+    last = verify(bundles["narrow"])[-1]
+    assert last.name == "parity (native)"
+    assert last.detail.startswith("not run: ")
+    with pytest.raises(LawcatError, match="lacks the operators of 'native'") as caught:
+        Engine(bundle, flavour="native")
+    assert "\n" not in str(caught.value)
+    assert run(["bench", str(bundles["narrow"]), "--flavour", "native"]) == 2
+    said = capsys.readouterr().err
+    assert "lacks the operators of 'native'" in said
+    assert "Traceback" not in said
+
+
+def test_without_them_an_export_writes_their_graphs_all_the_same(tmp_path: Path, without: None) -> None:
+    """It cannot replay them, so the other flavours' agreement is all that it reports."""
+    student = make_student(tmp_path / "t")
+    report = make_bundle(*student, tmp_path / "b")
+    assert list(report["parity"]) == ["ort"]
+    assert set(report["nodes_per_layer"]) == {"ort", "native"}
+    native.library.cache_clear()
+    os.environ.pop("LAWCAT_EDGE_NATIVE")
+    assert verify(tmp_path / "b")[-1].name == "parity (native)"
+
+
+def test_a_bundle_of_nothing_else_is_refused(bundles: dict[str, Path], tmp_path: Path, without: None) -> None:
+    """An export, and a manifest that was written otherwise."""
+    student = make_student(tmp_path / "t")
+    with pytest.raises(LawcatError, match=r"^Only this package's runner .*`--ops ort,native`\.$"):
+        make_bundle(*student, tmp_path / "b", ops=("native",))
+    assert not (tmp_path / "b").exists()
+    shutil.copytree(bundles["narrow"], tmp_path / "alone")
+
+    def alone(data: dict[str, Any]) -> None:
+        data["ops"] = ["native"]
+        for part in ("graphs", "min_onnxruntime"):
+            data[part] = {"native": data[part]["native"]}
+
+    rewrite_manifest(tmp_path / "alone", alone)
+    with pytest.raises(LawcatError, match="lacks the operators of 'native'"):
+        Engine(Bundle.open(tmp_path / "alone"))
+
+
+def test_other_runtimes_get_other_operators(tmp_path: Path) -> None:
+    """onnxruntime-genai and ORT format read the flavour ort, whatever stands first."""
+    student = make_student(tmp_path / "t", config=LawcatConfig(feature_dim=8, window=5))
+    make_bundle(*student, tmp_path / "b", ops=("native", "ort"), ort_format=True)
+    manifest = Bundle.open(tmp_path / "b").manifest
+    assert set(manifest.graphs["native"]) == {"last", "all"}
+    assert {"genai", "ort_format"} <= set(manifest.graphs["ort"])
+    stated = json.loads((tmp_path / "b" / "genai_config.json").read_text())
+    assert stated["model"]["decoder"]["filename"] == manifest.graphs["ort"]["genai"]
+    assert b"LawcatAttention" not in (tmp_path / "b" / manifest.graphs["ort"]["ort_format"]).read_bytes()
+    domains = {node.domain for node in _graph(tmp_path / "b" / manifest.graphs["ort"]["genai"]).graph.node}
+    assert native.DOMAIN not in domains
