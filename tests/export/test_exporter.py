@@ -179,7 +179,7 @@ def test_heads_of_an_odd_width_need_the_portable_operators(tmp_path: Path) -> No
     report = make_bundle(teacher, model, adapter, tmp_path / "b", ops=("portable",))
     assert report["parity"]["portable"]["rel_err"] < 3e-5
     # the project's own window takes any width, and full attention is onnxruntime's there too
-    hybrid = {"layer_types": ("full_attention", "linear_attention"), "attention_span": 9}
+    hybrid: Any = {"layer_types": ("full_attention", "linear_attention"), "attention_span": 9}
     teacher, model, adapter = make_student(tmp_path / "h", config=replace(config, **hybrid), head_dim=12)
     with pytest.raises(LawcatError, match="multiple of 16, not 12"):
         make_bundle(teacher, model, adapter, tmp_path / "h-b", ops=("portable", "native"))
