@@ -12,11 +12,11 @@ from typing import Annotated, Any
 import numpy as np
 from msgspec import Meta, Struct
 
+from lawcat_edge.export.schemes import METHODS
 from lawcat_edge.runtime import schema
 from lawcat_edge.runtime.errors import LawcatError
 
 BINS = 2048
-METHODS = ("minmax", "percentile", "entropy", "mse")
 _ENTROPY_BINS = 512  # onnxruntime's search takes time with the square of them
 _LEAST, _MOST = -60, 100  # exponents
 

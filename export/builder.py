@@ -16,8 +16,9 @@ MS = "com.microsoft"
 class GraphBuilder:
     """Collects the nodes of one graph. Initialisers are made on first use and shared by name."""
 
-    def __init__(self, tensors: Mapping[str, ir.ExternalTensor]) -> None:
-        self._tensors = tensors
+    def __init__(self, tensors: Mapping[str, ir.ExternalTensor], native: bool = False) -> None:
+        """native: whether operators may be of ``runtime.native``."""
+        self._tensors, self.native = tensors, native
         self._initializers: dict[str, ir.Value] = {}
         self._widened: dict[str, ir.Value] = {}
         self.nodes: list[ir.Node] = []
@@ -37,6 +38,10 @@ class GraphBuilder:
     def output(self, value: ir.Value, name: str, shape: Sequence[int | str]) -> None:
         value.name, value.type, value.shape = name, ir.TensorType(ir.DataType.FLOAT), ir.Shape(shape)
         self.outputs.append(value)
+
+    def raw(self, name: str) -> ir.Value:
+        """A tensor of the weights file as it is stored."""
+        return self.initializer(name, self._tensors[name])
 
     def stored(self, name: str) -> ir.Value:
         """A tensor of the weights file; one in float16 behind a Cast to float32, which loading folds away."""

@@ -251,7 +251,8 @@ def _write_graphs(
         for flavour in ops:
             if flavour == "native":
                 every = kind == "all"
-                variant = stitch(layout, tensors, traced(native=True), every, choosable=not every)
+                own = traced(native=True)
+                variant = stitch(layout, tensors, own, every, choosable=not every, native=True)
             elif flavour != "ort":
                 variant = rewrite(model, flavour, tensors)
             elif kind == "last" and (own_graph or best != "ort"):

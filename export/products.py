@@ -24,6 +24,7 @@ from lawcat_edge.export.builder import MS, GraphBuilder
 from lawcat_edge.export.rounding import OFFSET_STEPS, Quantised, Rounder, blocked, nearest
 from lawcat_edge.export.schemes import Linear
 from lawcat_edge.export.writer import DataWriter
+from lawcat_edge.runtime.native import DOMAIN
 
 Rows = Iterable[np.ndarray]
 Range = tuple[float, float]
@@ -100,6 +101,21 @@ def emit(
 
     seen: (low, high) of x, which a static product needs.
     """
+    if g.native and spec.kind == "nbits" and _whole_chunks(spec):
+        stored = [g.raw(f"{name}.q{spec.bits}"), g.raw(f"{name}.scales")]
+        offsets = g.raw(f"{name}.offsets") if spec.offsets else None
+        own: ir.Value = g.node(
+            "BlockProduct",
+            [x, *stored, offsets, g.stored(bias) if bias else None],
+            path,
+            DOMAIN,
+            N=N,
+            K=K,
+            bits=spec.bits,
+            block_size=spec.block,
+            offset_unit=1 / OFFSET_STEPS,
+        )
+        return own
     if spec.kind == "nbits":
         inputs: list[ir.Value | None] = [x, g.stored(f"{name}.q{spec.bits}"), g.stored(f"{name}.scales")]
         if bias:
@@ -134,6 +150,11 @@ def emit(
     y = _integer(g, name, quantised, scale_in, zero_in, None, f"{path}/product")
     y = g.node("Mul", [y, top], path)
     return g.node("Add", [y, g.stored(bias)], f"{path}/bias") if bias else y
+
+
+def _whole_chunks(spec: Linear) -> bool:
+    """Whether runtime/native/products.h has the product: int8 activations, blocks of whole chunks."""
+    return spec.accuracy == 4 and spec.block % (64 if spec.bits == 8 else 32) == 0
 
 
 def input_grid(low: float, high: float) -> tuple[np.float32, np.uint8]:

@@ -24,16 +24,18 @@ def stitch(
     all_positions: bool,
     interface: Interface | None = None,
     choosable: bool = False,
+    native: bool = False,
 ) -> ir.Model:
     """The whole graph; logits of the last position only, or of all.
 
     choosable: logits of the last position unless the input ``logits_at``, int64 [P], names others; it has
     that default, so that a caller need not know of it.
-    layers: the template of full-attention layers (True) and of the others.
+    layers: the template of full-attention layers (True) and of the others. native: of the products too
+    those of ``runtime.native`` are used.
     """
     geometry = layout.geometry
     V, D = geometry.vocab_size, geometry.hidden_size
-    g = GraphBuilder(tensors)
+    g = GraphBuilder(tensors, native)
     interface = interface or Interface(layout)
     ids = g.input("input_ids", ir.DataType.INT64, ["B", "T"])
     shared, past = interface.begin(g)
@@ -68,7 +70,7 @@ def stitch(
     g.output(logits, "logits", ["B", "T" if all_positions else "P" if choosable else 1, V])
     interface.end(g, present)
     opsets = {"": OPSET, "com.microsoft": 1}
-    if any(node.domain == DOMAIN for node in g.nodes):
+    if native:
         opsets[DOMAIN] = 1
     return g.model(opsets)
 

@@ -2,11 +2,12 @@
 text.
 
 Prompts of a batch have one length: a recurrent model cannot skip padding. ``BundleModel`` runs an exported
-bundle through the runner; the torch models are in ``torch_lm``.
+bundle through the runner, whose decoding core also writes its answers; the torch models are in ``torch_lm``.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -63,24 +64,34 @@ def greedy(
     """The greedy continuations of prompts ids [B,T]. A row ends at an end token or where ``settled(row,
     text)``."""
     ends = end_ids(model.tokenizer)
-    logits, state = model.prefill(ids)
     rows: list[list[int]] = [[] for _ in ids]
     open_rows = set(range(len(rows)))
     texts = [""] * len(rows)
-    for made in range(1, max_new_tokens + 1):
+    write = model.write if isinstance(model, BundleModel) else functools.partial(step_by_step, model)
+    for row, token in write(ids, max_new_tokens, open_rows):
+        if token in ends:
+            open_rows.discard(row)
+            continue
+        rows[row].append(token)
+        texts[row] = model.tokenizer.decode(rows[row], skip_special_tokens=True)
+        if settled(row, texts[row]):
+            open_rows.discard(row)
+    return texts
+
+
+def step_by_step(
+    model: LanguageModel, ids: np.ndarray, count: int, open_rows: set[int]
+) -> Iterator[tuple[int, int]]:
+    """(row, most likely token), at most `count` for each prompt of ids [B,T] while its row is in
+    `open_rows`."""
+    logits, state = model.prefill(ids)
+    for made in range(1, count + 1):
         chosen = np.asarray(logits.argmax(-1).tolist(), np.int64)
         for row in sorted(open_rows):
-            if int(chosen[row]) in ends:
-                open_rows.discard(row)
-                continue
-            rows[row].append(int(chosen[row]))
-            texts[row] = model.tokenizer.decode(rows[row], skip_special_tokens=True)
-            if settled(row, texts[row]):
-                open_rows.discard(row)
-        if not open_rows or made == max_new_tokens:
+            yield row, int(chosen[row])
+        if not open_rows or made == count:
             break
         logits, state = model.step(chosen, state)
-    return texts
 
 
 class BundleModel:
@@ -89,13 +100,12 @@ class BundleModel:
     kind = "bundle"
 
     def __init__(self, folder: str | Path, threads: int | None = None, flavour: str | None = None) -> None:
-        from lawcat_edge.runtime.bundle.manifest import Bundle
-        from lawcat_edge.runtime.engine.session import Engine
+        from lawcat_edge.runtime import Model
 
-        bundle = Bundle.open(folder)
         self.name = str(folder)
-        self.engine = Engine(bundle, threads=threads, flavour=flavour)
-        self.tokenizer = load_tokenizer(bundle.path("tokenizer.json"))
+        self.runner = Model.load(folder, threads=threads, flavour=flavour)
+        self.engine = self.runner.engine
+        self.tokenizer = load_tokenizer(self.runner.bundle.path("tokenizer.json"))
 
     def max_batch(self, length: int) -> int:
         return 8
@@ -106,6 +116,30 @@ class BundleModel:
 
     def step(self, ids: np.ndarray, state: Any) -> tuple[np.ndarray, Any]:
         return self.engine.forward(np.ascontiguousarray(ids[:, None], np.int64), state), state
+
+    def write(self, ids: np.ndarray, count: int, open_rows: set[int]) -> Iterator[tuple[int, int]]:
+        """``step_by_step`` as users get it: every prompt is read by itself, and a row that is no longer
+        open is let go."""
+        from lawcat_edge.runtime.generate.core import Core
+        from lawcat_edge.runtime.generate.request import Request
+
+        request = Request.of(max_new_tokens=count, ignore_eos=True, speculate=0)
+        core, rows = Core(self.engine, capacity=len(ids), keep=False), {}
+        for row, prompt in enumerate(ids.tolist()):
+            context = self.runner.new_context()
+            context.tokens.extend(prompt)
+            writer = self.runner.writer(request, context)
+            core.insert(writer)
+            rows[writer] = row
+        while advances := core.read() or core.write():
+            for advance in advances:
+                if advance.error is not None:
+                    raise advance.error
+                row, tokens = rows[advance.writer], advance.writer.generation.tokens
+                if tokens:  # else a piece of its prompt was read
+                    yield row, tokens[-1]
+                if row not in open_rows:
+                    core.remove(advance.writer)
 
     def logits(self, ids: np.ndarray, chunk: int) -> Iterator[np.ndarray]:
         state = self.engine.new_state(len(ids))

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 
 DOMAIN = "lawcat_edge"
-OPERATORS = {"LawcatAttention": 1, "SwiGlu": 1}  # by name, with the newest version that is understood
+OPERATORS = ("LawcatAttention", "BlockProduct", "SwiGlu")
 
 
 @cache

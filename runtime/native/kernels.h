@@ -275,7 +275,53 @@ static void NAME(swiglu)(void *of, size_t item) {
     for (; i < (int64_t)c->width; i++) out[i] = gate[i] / (1.0f + expf(-gate[i])) * up[i];
 }
 
-static const Kernels NAME(kernels) = {NAME(append), NAME(attend), NAME(swiglu)};
+/* -- BlockProduct ------------------------------------------------------------------------------------------- */
+
+/* One token's activations, rounded chunk by chunk as products.h says. */
+static void NAME(quantise)(void *of, size_t item) {
+    const ProductCall *c = of;
+    const Product *p = c->of;
+    int64_t m = (int64_t)item, zero = p->bits == 8 ? 128 : 8;
+    const float *x = c->x + m * p->K;
+    int8_t *a = c->a + m * c->stride;
+    int32_t *lanes = c->lane_zero + m * p->groups * 16;
+    if (p->bits == 4) memset(a, 0, (size_t)c->stride); /* the last group may not be full */
+    for (int64_t k = 0; k < p->chunks; k++) {
+        int64_t begin = k * p->chunk, count = p->K - begin < p->chunk ? p->K - begin : p->chunk;
+        float values[GROUP] = {0}, sizes[GROUP];
+        int32_t whole[GROUP], total = 0;
+        memcpy(values, x + begin, (size_t)count * sizeof(float));
+        for (int i = 0; i < GROUP; i++) sizes[i] = fabsf(values[i]);
+        float most = NAME(max_of)(sizes, GROUP), sum = NAME(sum_of)(values, GROUP);
+        vf inverse = NAME(all)(most > 0 ? 127.0f / most : 0.0f), magic = NAME(all)(12582912.0f);
+        for (int i = 0; i < GROUP; i += VW)
+            *(vi *)(whole + i) = (vi)(NAME(load)(values + i) * inverse + magic) - 0x4B400000;
+        for (int i = 0; i < GROUP; i++) total += whole[i];
+        if (p->bits == 8)
+            for (int i = 0; i < GROUP; i++) a[begin + i] = (int8_t)whole[i];
+        else {
+            int8_t *group = a + k / 4 * 128 + k % 4 * 16;
+            for (int i = 0; i < 16; i++) {
+                group[i] = (int8_t)whole[2 * i];
+                group[i + 64] = (int8_t)whole[2 * i + 1];
+            }
+        }
+        /* a NaN makes its chunk's scale NaN, so that it is not lost in the integers */
+        c->scale[m * p->chunks + k] = sum != sum ? sum : most / 127.0f;
+        c->sum[m * p->chunks + k] = sum;
+        c->chunk_zero[m * p->chunks + k] = (int32_t)-zero * total;
+    }
+    if (!c->lane_zero) return;
+    for (int64_t g = 0; g < p->groups; g++)
+        for (int64_t lane = 0; lane < 16; lane++) {
+            const int8_t *even = a + g * (p->bits == 8 ? 64 : 128) + 4 * lane, *odd = even + 64;
+            int32_t total = even[0] + even[1] + even[2] + even[3];
+            if (p->bits == 4) total += odd[0] + odd[1] + odd[2] + odd[3];
+            lanes[g * 16 + lane] = (int32_t)-zero * total;
+        }
+}
+
+static const Kernels NAME(kernels) = {NAME(append), NAME(attend), NAME(swiglu), NAME(quantise)};
 
 #undef vf
 #undef vi

@@ -16,6 +16,11 @@
  *   cos_cache, sin_cache [R',d/2], position_ids [B,T]      with a window or rope: rows of these tables
  *   -> y [B,T,H d], conv_state, recurrent_state, key, value after the tokens, which may be the same memory
  *
+ * BlockProduct: x [B,T,K] times the transpose of weights that are quantised in blocks along K (products.h).
+ *   weights [N,blocks,block bits / 8] uint8 with the zero point 128 or 8, as MatMulNBits has them; scales
+ *   [N,blocks] float16; offsets [N,blocks] int8 (of 4 bits: what a block's values lie off, in `offset_unit`s
+ *   of its scale); bias [N] -> [B,T,N]
+ *
  * SwiGlu: x [..,2 I] -> silu(x[.., :I]) * x[.., I:]
  *
  * Whatever is run is checked first: a size that does not fit ends in an error message.
@@ -78,14 +83,18 @@ typedef struct {
     size_t width;
 } SwiGluCall;
 
+/* Each does one item of a run. */
 typedef struct {
     void (*append)(void *, size_t);
     void (*attend)(void *, size_t);
     void (*swiglu)(void *, size_t);
+    void (*quantise)(void *, size_t);
 } Kernels;
 
 /* Room for full vectors of any width. */
 static inline int64_t padded(int64_t count) { return (count + 15) / 16 * 16; }
+
+#include "products.h"
 
 #define ISA base
 #define VW 4
@@ -127,6 +136,8 @@ static inline int64_t padded(int64_t count) { return (count + 15) / 16 * 16; }
 #endif
 
 static const Kernels *kernels = &kernels_base;
+static void (*product)(void *, size_t) = product_base;
+static int lanes_matter = 0; /* whether `product` reads lane_zero */
 
 /* The best that this processor has; LAWCAT_EDGE_ISA=base, avx2 or avx512 asks for less, for tests. */
 static void choose_kernels(void) {
@@ -136,9 +147,12 @@ static void choose_kernels(void) {
     __builtin_cpu_init();
     if (most >= 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
-        kernels = &kernels_avx512;
-    else if (most >= 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-        kernels = &kernels_avx2;
+        kernels = &kernels_avx512, product = product_avx2;
+    else if (most >= 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+             __builtin_cpu_supports("f16c"))
+        kernels = &kernels_avx2, product = product_avx2;
+    if (kernels == &kernels_avx512 && __builtin_cpu_supports("avx512vnni"))
+        product = product_vnni, lanes_matter = 1;
 #endif
 }
 
@@ -429,6 +443,100 @@ static OrtStatus *ORT_API_CALL run_swiglu(void *kernel, OrtKernelContext *contex
 static const char *ORT_API_CALL swiglu_name(const OrtCustomOp *op) { return (void)op, "SwiGlu"; }
 static size_t ORT_API_CALL one(const OrtCustomOp *op) { return (void)op, 1; }
 
+/* -- BlockProduct -------------------------------------------------------------------------------------------- */
+
+enum { X, WEIGHTS, SCALES, OFFSETS, BIAS, PRODUCT_INPUTS };
+enum { SLICE_BYTES = 1 << 15 };
+
+static OrtStatus *ORT_API_CALL create_product(const OrtCustomOp *op, const OrtApi *given,
+                                              const OrtKernelInfo *info, void **kernel) {
+    (void)op, (void)given;
+    Product p = {0};
+    int64_t bits;
+    TRY(api->KernelInfoGetAttribute_int64(info, "N", &p.N));
+    TRY(api->KernelInfoGetAttribute_int64(info, "K", &p.K));
+    TRY(api->KernelInfoGetAttribute_int64(info, "bits", &bits));
+    TRY(api->KernelInfoGetAttribute_int64(info, "block_size", &p.block));
+    TRY(api->KernelInfoGetAttribute_float(info, "offset_unit", &p.unit));
+    if ((bits != 4 && bits != 8) || p.N < 1 || p.K < 1 || p.N > INT32_MAX || p.block < 1 || p.block > 1024)
+        return wrong("BlockProduct: a size is out of range");
+    p.bits = (int)bits, p.chunk = bits == 8 ? 64 : 32;
+    if (p.block % p.chunk || p.K > (int64_t)MOST_CHUNKS * p.chunk)
+        return wrong("BlockProduct: blocks must hold whole chunks, and rows not too many of them");
+    p.blocks = (p.K + p.block - 1) / p.block;
+    p.chunks = p.blocks * p.block / p.chunk;
+    p.groups = bits == 8 ? p.chunks : (p.chunks + 3) / 4;
+    Product *own = malloc(sizeof *own);
+    if (!own) return wrong("BlockProduct: out of memory");
+    *own = p;
+    *kernel = own;
+    return NULL;
+}
+
+static void ORT_API_CALL free_product(void *kernel) { free(kernel); }
+
+static OrtStatus *ORT_API_CALL run_product(void *kernel, OrtKernelContext *context) {
+    const Product *p = kernel;
+    Tensor x, weights, scales, offsets, bias;
+    TRY(input(context, X, &x));
+    TRY(input(context, WEIGHTS, &weights));
+    TRY(input(context, SCALES, &scales));
+    TRY(input(context, OFFSETS, &offsets));
+    TRY(input(context, BIAS, &bias));
+    if (!x.at || x.rank != 3 || x.dims[2] != p->K || x.dims[0] < 1 || x.dims[1] < 1)
+        return wrong("BlockProduct: the input is not [B,T,K]");
+    if (!has_shape(&weights, 3, p->N, p->blocks, p->block * p->bits / 8, 0) ||
+        !has_shape(&scales, 2, p->N, p->blocks, 0, 0) ||
+        (offsets.at && !has_shape(&offsets, 2, p->N, p->blocks, 0, 0)) ||
+        (bias.at && !has_shape(&bias, 1, p->N, 0, 0, 0)))
+        return wrong("BlockProduct: the weights do not fit the product");
+    ProductCall c = {.of = p, .M = x.dims[0] * x.dims[1], .x = x.at, .weights = weights.at,
+                     .scales = scales.at, .offsets = offsets.at, .bias = bias.at};
+    const int64_t dims[] = {x.dims[0], x.dims[1], p->N};
+    TRY(output(context, 0, dims, 3, (void **)&c.y));
+
+    c.stride = p->groups * (p->bits == 8 ? 64 : 128);
+    size_t M = (size_t)c.M, chunks = (size_t)p->chunks, groups = (size_t)p->groups;
+    size_t bytes = M * (chunks * 3 * 4 + groups * 64 + (size_t)c.stride);
+    char *memory = malloc(bytes);
+    if (!memory) return wrong("BlockProduct: out of memory");
+    c.scale = (float *)memory, c.sum = c.scale + M * chunks;
+    c.chunk_zero = (int32_t *)(c.sum + M * chunks);
+    int32_t *lanes = c.chunk_zero + M * chunks;
+    c.a = (int8_t *)(lanes + M * groups * 16);
+    if (lanes_matter && M < FEW_TOKENS) c.lane_zero = lanes;
+    OrtStatus *status = NULL;
+    if (M < 8)
+        for (size_t m = 0; m < M; m++) kernels->quantise(&c, m);
+    else
+        status = api->KernelContext_ParallelFor(context, kernels->quantise, M, 0, &c);
+
+    int64_t row = p->blocks * p->block * p->bits / 8, rows = SLICE_BYTES / row / 16 * 16;
+    c.rows_in_slice = rows < 16 ? 16 : rows;
+    size_t slices = (size_t)((p->N + c.rows_in_slice - 1) / c.rows_in_slice);
+    if (!status) status = api->KernelContext_ParallelFor(context, product, slices, slices, &c);
+    free(memory);
+    return status;
+}
+
+static const char *ORT_API_CALL product_name(const OrtCustomOp *op) { return (void)op, "BlockProduct"; }
+static size_t ORT_API_CALL product_inputs(const OrtCustomOp *op) { return (void)op, PRODUCT_INPUTS; }
+
+static ONNXTensorElementDataType ORT_API_CALL product_input_type(const OrtCustomOp *op, size_t index) {
+    (void)op;
+    switch (index) {
+    case WEIGHTS: return ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8;
+    case SCALES: return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
+    case OFFSETS: return ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8;
+    default: return ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+    }
+}
+
+static OrtCustomOpInputOutputCharacteristic ORT_API_CALL product_input_kind(const OrtCustomOp *op,
+                                                                            size_t index) {
+    return (void)op, index <= SCALES ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
+}
+
 /* -- registration -------------------------------------------------------------------------------------------- */
 
 static const char *ORT_API_CALL on_cpu(const OrtCustomOp *op) { return (void)op, NULL; }
@@ -479,6 +587,24 @@ static const OrtCustomOp swiglu_op = {
     .GetEndVersion = version_one,
 };
 
+static const OrtCustomOp product_op = {
+    .version = ORT_API_VERSION,
+    .GetName = product_name,
+    .GetExecutionProviderType = on_cpu,
+    .GetInputType = product_input_type,
+    .GetInputTypeCount = product_inputs,
+    .GetOutputType = floats,
+    .GetOutputTypeCount = one,
+    .KernelDestroy = free_product,
+    .GetInputCharacteristic = product_input_kind,
+    .GetOutputCharacteristic = needed,
+    .GetInputMemoryType = plain_memory,
+    .CreateKernelV2 = create_product,
+    .KernelComputeV2 = run_product,
+    .GetStartVersion = version_one,
+    .GetEndVersion = version_one,
+};
+
 /* What onnxruntime calls when a session's options name this library. */
 EXPORT OrtStatus *ORT_API_CALL RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase *base) {
     static atomic_flag busy = ATOMIC_FLAG_INIT; /* sessions may be opened by several threads at once */
@@ -492,6 +618,7 @@ EXPORT OrtStatus *ORT_API_CALL RegisterCustomOps(OrtSessionOptions *options, con
         choose_kernels();
         status = api->CreateCustomOpDomain("lawcat_edge", &domain);
         if (!status) status = api->CustomOpDomain_Add(domain, &attention_op);
+        if (!status) status = api->CustomOpDomain_Add(domain, &product_op);
         if (!status) status = api->CustomOpDomain_Add(domain, &swiglu_op);
     }
     atomic_flag_clear(&busy);

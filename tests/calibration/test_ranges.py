@@ -12,9 +12,10 @@ import pytest
 import torch
 from exported import make_bundle, make_student
 
-from lawcat_edge.calibration.histogram import BINS, METHODS, Histogram
+from lawcat_edge.calibration.histogram import BINS, Histogram
 from lawcat_edge.calibration.ranges import Ranges, measure_ranges
 from lawcat_edge.config import LawcatConfig
+from lawcat_edge.export.schemes import METHODS
 from lawcat_edge.runtime.bundle.manifest import Bundle
 from lawcat_edge.runtime.errors import LawcatError
 

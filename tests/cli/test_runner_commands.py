@@ -7,19 +7,21 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import typer
 from tiny_bundle import build_tiny_bundle
 from typer.testing import CliRunner
 
-from lawcat_edge.commands.bench import bench
+from lawcat_edge.commands.bench import REPEATED, bench, measure
 from lawcat_edge.commands.chat import chat
 from lawcat_edge.commands.generate import SPECULATE_HELP, generate
 from lawcat_edge.commands.info import info
 from lawcat_edge.commands.verify import verify
-from lawcat_edge.runtime import Model
+from lawcat_edge.runtime import Engine, Model
 from lawcat_edge.runtime.errors import CheckFailed, LawcatError
 from lawcat_edge.runtime.generate.draft import LONGEST_DRAFT
+from lawcat_edge.runtime.generate.writer import Writer
 
 
 @pytest.fixture(scope="module")
@@ -173,8 +175,65 @@ def test_bench_measures_every_context(bundle: str, tmp_path: Path) -> None:
     assert all(
         row["decode_tokens_per_second"] > 0 < row["prefill_tokens_per_second"] for row in document["contexts"]
     )
+    assert document["speculate"] == 0
+    assert "drafted_tokens" not in document["contexts"][0]
     with pytest.raises(LawcatError, match="--contexts has 'x'"):
         run("bench", bundle, "--contexts", "x")
+
+
+def test_bench_shows_what_drafts_gain(bundle: str) -> None:
+    options = ("bench", bundle, "--contexts", "8,64", "--decode-tokens", "40")
+    document = json.loads(run(*options, "--speculate", "4", "--json").stdout)
+    assert document["speculate"] == 4
+    for row in document["contexts"]:
+        assert 0 < row["accepted_tokens"] <= row["drafted_tokens"]
+        assert row["repeated_tokens_per_second"] > 0
+    shown, off = (run(*options, "--speculate", value).stdout for value in ("4", "off"))
+    row = document["contexts"][-1]
+    assert f"{row['accepted_tokens']}/{row['drafted_tokens']}" in shown.splitlines()[-1]
+    assert "drafts/s" in shown
+    assert "drafts/s" not in off
+    with pytest.raises(LawcatError, match="--speculate must be from 1 to 32"):
+        run(*options, "--speculate", "0")
+
+
+def test_bench_reads_and_writes_as_a_user_does(bundle: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Model.load(bundle, threads=1)
+    seen: list[tuple[int, int]] = []
+    choose, draft = Writer.choose, Writer.draft
+
+    def chosen(self: Writer, logits: np.ndarray) -> str:
+        seen.append((self.context.fed, len(self.context)))
+        return choose(self, logits)
+
+    monkeypatch.setattr(Writer, "choose", chosen)
+    monkeypatch.setattr(Writer, "draft", lambda self, longest: pytest.fail("nothing was to be drafted"))
+    rows = list(measure(model, [70, 9], 3))
+    assert [row["context"] for row in rows] == [9, 70]
+    # Nothing that a row writes is in the next one's context.
+    assert seen[2:] == [(at + i, at + i) for at in (9, 70) for i in range(4)]
+    assert all(row["decode_median_ms"] > 0 for row in rows)
+    assert rows[0]["first_token_seconds"] < rows[1]["first_token_seconds"]
+    seen.clear()
+    monkeypatch.setattr(Writer, "draft", draft)
+    list(measure(model, [9], 3, drafted=2))
+    assert (9 + len(model.encode(REPEATED, first=False)),) * 2 in seen
+
+
+@pytest.mark.parametrize("passes", [2, 3, 4])
+def test_a_pass_that_fails_ends_bench(bundle: str, monkeypatch: pytest.MonkeyPatch, passes: int) -> None:
+    model = Model.load(bundle, threads=1)
+    forward, calls = Engine.forward, []
+
+    def failing(self: Engine, *arguments: Any, **options: Any) -> np.ndarray:
+        calls.append(arguments)
+        if len(calls) > passes:
+            raise LawcatError("out of luck")
+        return forward(self, *arguments, **options)
+
+    monkeypatch.setattr(Engine, "forward", failing)
+    with pytest.raises(LawcatError, match="out of luck"):
+        list(measure(model, [8], 3))
 
 
 @pytest.mark.parametrize("command", ["generate", "chat", "info", "verify", "bench"])
