@@ -2,6 +2,7 @@
 
 As a command it runs them in onnxruntime, since a process takes one instruction set (LAWCAT_EDGE_ISA) for
 good. ``python native_layers.py OUT.npz THREADS`` writes the outputs of every case;
+``python native_layers.py --hardly-begun OUT.npz`` those of HARDLY_BEGUN;
 ``python native_layers.py --malformed`` prints a line for each malformed model: its name, and the error or
 ``ran``.
 """
@@ -164,6 +165,112 @@ def swiglu_input(width: int, tokens: int) -> np.ndarray:
     return x.astype(np.float32)
 
 
+@dataclass(frozen=True)
+class Product:
+    """A product with weights in blocks of float16 scales, with offsets (of 4 bits) and a bias or without."""
+
+    N: int
+    K: int
+    bits: int
+    block: int
+    offsets: bool = False
+    bias: bool = False
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.K // self.block)
+
+
+PRODUCTS = {
+    "smallest": Product(1, 1, 8, 64),
+    "one-block": Product(16, 64, 8, 64, bias=True),
+    "eight-bits": Product(37, 192, 8, 64, bias=True),
+    "not-full": Product(21, 100, 8, 128),
+    "four-bits": Product(33, 96, 4, 32, offsets=True, bias=True),
+    "four-bits-not-full": Product(18, 45, 4, 64),
+    "long": Product(70, 4096, 4, 32, offsets=True),
+    "long-eight": Product(5, 8192, 8, 1024),
+}
+# of whose last block whole chunks are beyond K
+HARDLY_BEGUN = {
+    "eight-bits": Product(21, 130, 8, 128, bias=True),
+    "four-bits": Product(19, 260, 4, 128, offsets=True),
+}
+PRODUCT_TOKENS = (1, 2, 3, 4, 5, 8, 13, 260)
+
+
+def product_weights(case: Product) -> Arrays:
+    g = np.random.default_rng([case.N, case.K, case.bits])
+    blocks = (case.N, case.blocks)
+    made: Arrays = {
+        "weights": g.integers(0, 256, (*blocks, case.block * case.bits // 8)).astype(np.uint8),
+        "scales": (g.standard_normal(blocks) * 0.1).astype(np.float16),
+    }
+    made["scales"].flat[:3] = np.array([0, 6e-8, 6e4], np.float16)[: made["scales"].size]
+    if case.offsets:
+        made["offsets"] = g.integers(-128, 128, blocks).astype(np.int8)
+    if case.bias:
+        made["bias"] = g.standard_normal(case.N).astype(np.float32)
+    return made
+
+
+def product_input(case: Product, T: int, exact: bool) -> np.ndarray:
+    """x [1,T,K]; exact: rounding to 8 bits changes nothing."""
+    g = np.random.default_rng([case.N, case.K, T])
+    chunk = 64 if case.bits == 8 else 32
+    x = g.standard_normal((1, T, case.K)).astype(np.float32)
+    for begin in range(0, case.K, chunk) if exact else ():
+        part = g.integers(-127, 128, (T, min(chunk, case.K - begin)))
+        part[:, 0] = 127
+        x[0, :, begin : begin + chunk] = part * np.float32(g.choice([0.25, 1, 8]))
+    return x
+
+
+def product_reference(case: Product, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """y [1,T,N], and how far from it rounding x to 8 bits may lead."""
+    stored = product_weights(case)
+    packed = stored["weights"].reshape(case.N, -1)
+    if case.bits == 8:
+        values = packed.astype(np.float64) - 128
+    else:
+        values = np.stack([packed & 15, packed >> 4], -1).reshape(case.N, -1).astype(np.float64) - 8
+    scales = np.repeat(stored["scales"].astype(np.float64), case.block, 1)
+    W = values * scales
+    offset = np.zeros_like(W)
+    if case.offsets:
+        offset = np.repeat(stored["offsets"].astype(np.float64), case.block, 1) * scales * 0.0625
+    W, offset = W[:, : case.K], offset[:, : case.K]
+    y = x.astype(np.float64) @ (W + offset).T + stored.get("bias", np.zeros(case.N))
+    step = np.zeros(x.shape)
+    chunk = 64 if case.bits == 8 else 32
+    for begin in range(0, case.K, chunk):
+        own = np.abs(x[..., begin : begin + chunk])
+        step[..., begin : begin + chunk] = own.max(-1, keepdims=True) / 127
+    return y, step / 2 @ np.abs(W).T
+
+
+def product_model(case: Product, given: Arrays | None = None) -> onnx.ModelProto:
+    given = product_weights(case) if given is None else given
+    names = ["x", *(name if name in given else "" for name in ("weights", "scales", "offsets", "bias"))]
+    node = helper.make_node(
+        "BlockProduct",
+        names,
+        ["y"],
+        domain=native.DOMAIN,
+        N=case.N,
+        K=case.K,
+        bits=case.bits,
+        block_size=case.block,
+        offset_unit=0.0625,
+    )
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("x", "y"))
+    stored = [numpy_helper.from_array(array, name) for name, array in given.items()]
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid(native.DOMAIN, 1)]
+    return helper.make_model(
+        helper.make_graph([node], "product", [x], [y], stored), opset_imports=opsets, ir_version=10
+    )
+
+
 SWIGLU = tuple(itertools.product((1, 5, 16, 37, 64), (1, 9)))
 
 
@@ -291,7 +398,20 @@ def _run_all(path: str, threads: int) -> None:
     running = session(swiglu_model(), threads)
     for width, tokens in SWIGLU:
         (out[f"swiglu/{width}/{tokens}"],) = running.run(None, {"x": swiglu_input(width, tokens)})
+    out |= _products(PRODUCTS, threads)
     np.savez(path, **out)  # type: ignore[arg-type]
+
+
+def _products(products: dict[str, Product], threads: int = 1) -> Arrays:
+    out: Arrays = {}
+    for name, case in products.items():
+        running = session(product_model(case), threads)
+        for T, exact in itertools.product(PRODUCT_TOKENS, (True, False)):
+            x = product_input(case, T, exact)
+            (out[f"product/{name}/{T}/{exact}"],) = running.run(None, {"x": x})
+        x[0, 0, -1] = np.nan
+        (out[f"product/{name}/nan"],) = running.run(None, {"x": x})
+    return out
 
 
 # -- models that are not right -------------------------------------------------------------------------------
@@ -380,14 +500,15 @@ def _emptied(axis: int) -> Callable[[np.ndarray], np.ndarray]:
     return lambda x: np.take(x, np.zeros(0, np.int64), axis)
 
 
-def _malformed() -> Iterator[tuple[str, Layer, Change]]:
-    def shorter(axis: int) -> Callable[[np.ndarray], np.ndarray]:
-        return lambda x: np.delete(x, -1, axis)
+def _shorter(axis: int) -> Callable[[np.ndarray], np.ndarray]:
+    return lambda x: np.delete(x, -1, axis)
 
+
+def _malformed() -> Iterator[tuple[str, Layer, Change]]:
     for name in ("conv_taps", "feature", "gate_b", "window_scale", "qk_gamma"):
         rank = weights(NEAR)[name].ndim
         for axis in range(rank):
-            yield f"{name} axis {axis}", NEAR, _weight(name, shorter(axis))
+            yield f"{name} axis {axis}", NEAR, _weight(name, _shorter(axis))
         yield f"{name} flat", NEAR, _weight(name, np.ravel)
         yield f"{name} empty", NEAR, _weight(name, lambda x: x[:0])
         yield f"{name} of float64", NEAR, _weight(name, lambda x: x.astype(np.float64))
@@ -398,15 +519,15 @@ def _malformed() -> Iterator[tuple[str, Layer, Change]]:
         rank = feeds(NEAR, 3, 2)[name].ndim
         for axis in range(rank):
             if (name, axis) not in {("key", 2), ("value", 2), ("cos", 0), ("sin", 0)}:
-                yield f"{name} axis {axis}", NEAR, _fed(name, shorter(axis))
+                yield f"{name} axis {axis}", NEAR, _fed(name, _shorter(axis))
             yield f"{name} empty axis {axis}", NEAR, _fed(name, _emptied(axis))
         yield f"no {name}", NEAR, _without(name)
         yield f"{name} of another rank", NEAR, _fed(name, np.ravel if rank > 1 else np.atleast_2d)
         yield f"{name} of five dimensions", NEAR, _fed(name, lambda x: x.reshape(1, 1, 1, -1, x.shape[-1]))
     for name in ("key", "value"):
-        yield f"{name} shorter", NEAR, _fed(name, shorter(2))
+        yield f"{name} shorter", NEAR, _fed(name, _shorter(2))
     for name in ("cos", "sin"):
-        yield f"{name} shorter", NEAR, _fed(name, shorter(0))
+        yield f"{name} shorter", NEAR, _fed(name, _shorter(0))
     for slot in (-(2**31), -1, 1, 16, 2**31 - 1):
         for sequence in (0, 1):
             yield f"seqlens_k {slot}, {sequence}", NEAR, _fed("seqlens_k", _with(sequence, slot))
@@ -433,6 +554,37 @@ def _malformed() -> Iterator[tuple[str, Layer, Change]]:
         yield f"{count} outputs", NEAR, _fewer_outputs(count)
 
 
+def _malformed_products() -> Iterator[tuple[str, Product, Change]]:
+    eight, four = PRODUCTS["eight-bits"], PRODUCTS["four-bits"]
+    for case, bits in ((eight, "8 bits"), (four, "4 bits")):
+        for name, values in product_weights(case).items():
+            for axis in range(values.ndim):
+                yield (
+                    f"{name} axis {axis}, {bits}",
+                    case,
+                    _weight(name, _shorter(axis)),
+                )  # type: ignore[misc]
+                yield f"{name} empty axis {axis}, {bits}", case, _weight(name, _emptied(axis))
+            yield f"{name} of another rank, {bits}", case, _weight(name, lambda x: x[..., None])
+            yield f"{name} of float64, {bits}", case, _weight(name, lambda x: x.astype(np.float64))
+            if name in ("weights", "scales"):
+                yield f"no {name}, {bits}", case, _without(name)
+        for axis in range(3):
+            yield f"x empty axis {axis}, {bits}", case, _fed("x", _emptied(axis))
+        yield f"x narrower, {bits}", case, _fed("x", lambda x: x[..., :-1])
+        yield f"x of another rank, {bits}", case, _fed("x", lambda x: x[0])
+        for attribute, wrong in {
+            "N": (0, -1, case.N + 1, 2**31, 2**62, -(2**63)),
+            "K": (0, -1, case.K + 1, 2**31, 2**62, 2**63 - 1, -(2**63)),
+            "bits": (0, 2, 12 - case.bits, 2**32 + case.bits),
+            "block_size": (0, -1, 1, 16, 48, 2 * case.block, 2**31, 2**62, -(2**63)),
+        }.items():
+            for value in wrong:
+                yield f"{attribute} {value}, {bits}", case, _attribute(attribute, value)
+        for attribute in ("N", "K", "bits", "block_size", "offset_unit"):
+            yield f"no {attribute}, {bits}", case, _attribute(attribute, None)
+
+
 def _run_malformed() -> None:
     for name, layer, change in _malformed():
         print(f"{name}: ", end="", flush=True)  # what a crash leaves behind
@@ -441,6 +593,17 @@ def _run_malformed() -> None:
         change(stored, fed, made)
         try:
             run(session(made), fed)
+        except Exception as error:
+            print("error:", " ".join(str(error).split())[:300], flush=True)
+        else:
+            print("ran", flush=True)
+    for name, case, change in _malformed_products():
+        print(f"product, {name}: ", end="", flush=True)
+        stored, fed = product_weights(case), {"x": product_input(case, 5, False)}
+        made = product_model(case, stored)
+        change(stored, fed, made)
+        try:
+            session(made).run(None, fed)
         except Exception as error:
             print("error:", " ".join(str(error).split())[:300], flush=True)
         else:
@@ -459,5 +622,7 @@ def _run_malformed() -> None:
 if __name__ == "__main__":
     if sys.argv[1] == "--malformed":
         _run_malformed()
+    elif sys.argv[1] == "--hardly-begun":
+        np.savez(sys.argv[2], **_products(HARDLY_BEGUN))  # type: ignore[arg-type]
     else:
         _run_all(sys.argv[1], int(sys.argv[2]))
