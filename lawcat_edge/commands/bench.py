@@ -38,7 +38,7 @@ def bench(
         int | None, typer.Option(help="Tokens of a prompt read at once; default: what suits the model.")
     ] = None,
     threads: Annotated[int | None, typer.Option(help="Processor threads; default: physical cores.")] = None,
-    flavour: Annotated[str | None, typer.Option(help="Graph: ort, onnx or portable.")] = None,
+    flavour: Annotated[str | None, typer.Option(help="Graph: native, ort, portable or onnx.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the report as JSON here.")] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
