@@ -1,7 +1,7 @@
 """The same graph in other operators, over the same weights file.
 
-``ort`` is what the stitcher makes: com.microsoft operators, onnxruntime from 1.25.1; ``native`` it makes of other
-templates (``export.native``). The others are made from ``ort`` node by node:
+``ort`` is what the stitcher makes: com.microsoft operators, onnxruntime from 1.25.1; of other templates
+(``export.native``) it makes ``native``. The others are made from ``ort`` node by node:
 
 - ``onnx``: standard operators of opset 27 alone, for interchange.
 - ``portable``: operators of opset 17 alone, for runtimes without either (onnxruntime from 1.17). The linear

@@ -18,9 +18,11 @@ import pytest
 
 pytest.importorskip("torch")
 
+import torch
 from exported import make_bundle, make_student
 from native_layers import (
     HARDLY_BEGUN,
+    INPUTS,
     LAYERS,
     PRODUCT_TOKENS,
     PRODUCTS,
@@ -34,11 +36,13 @@ from native_layers import (
     product_reference,
     reference,
     swiglu_input,
+    weights,
 )
 from tiny_bundle import rewrite_manifest
 
 from lawcat_edge.cli import run
 from lawcat_edge.config import LawcatConfig
+from lawcat_edge.export import native as traced  # noqa: F401 (defines the operators in torch)
 from lawcat_edge.runtime import Bundle, Engine, native
 from lawcat_edge.runtime.bundle.flavours import DEFAULT_OPS, can_run
 from lawcat_edge.runtime.bundle.graph_check import check_model
@@ -130,6 +134,31 @@ def test_a_layer_is_that_of_float64(outputs: dict[str, np.ndarray], name: str) -
     assert compared == len(TOKENS) * 2 * 2 * (5 if LAYERS[name].window else 3)
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_what_the_exporter_traces_is_that_layer(name: str) -> None:
+    """The operator's form in torch, of which the trace takes the shapes."""
+    layer, T, B = LAYERS[name], 7, 3
+    given = {key: torch.from_numpy(array) for key, array in {**weights(layer), **feeds(layer, T, B)}.items()}
+    operator = (
+        torch.ops.lawcat.lawcat_windowed_attention if layer.window else torch.ops.lawcat.lawcat_attention
+    )
+    numbers = (
+        layer.H,
+        layer.G,
+        layer.window,
+        int(layer.max_score),
+        int(layer.rope),
+        layer.divisor,
+        1e-6,
+        1e-5,
+    )
+    arguments = (*(given.get(key) for key in INPUTS), *numbers)
+    torch.library.opcheck(operator.default, arguments, test_utils=("test_schema", "test_faketensor"))
+    for got, want in zip(operator(*arguments), expected(name, T, B).values(), strict=True):
+        assert got.shape == want.shape
+        assert np.abs(got.numpy() - want).max() <= 1e-5 * np.abs(want).max()
+
+
 @built
 def test_the_gates_of_that_comparison_are_extreme() -> None:
     """Some features are forgotten at once and others never: the comparison holds at both ends."""
@@ -153,10 +182,15 @@ def test_nan_stays_in_its_sequence(outputs: dict[str, np.ndarray]) -> None:
 @built
 def test_swiglu_is_that_of_float64(outputs: dict[str, np.ndarray]) -> None:
     for width, tokens in SWIGLU:
+        x = torch.from_numpy(swiglu_input(width, tokens))
+        torch.library.opcheck(
+            torch.ops.lawcat.swiglu.default, (x,), test_utils=("test_schema", "test_faketensor")
+        )
         gate, up = np.split(swiglu_input(width, tokens).astype(np.float64), 2, -1)
         want = gate / (1 + np.exp(np.minimum(-gate, 700))) * up
         got = outputs[f"swiglu/{width}/{tokens}"]
-        assert np.abs(got - want).max() <= 1e-6 * np.abs(want).max(), (width, tokens)
+        for each in (got, torch.ops.lawcat.swiglu(x).numpy()):
+            assert np.abs(each - want).max() <= 1e-6 * np.abs(want).max(), (width, tokens)
 
 
 def check_products(outputs: dict[str, np.ndarray], products: dict[str, Product]) -> None:
