@@ -296,9 +296,9 @@ class Engine:
             options.enable_profiling = True
             options.profile_file_prefix = self._profile_prefix
         path = self.bundle.path(graphs[kind])
-        if FLAVOURS[self.flavour].own:
-            options.register_custom_ops_library(str(native.library()))
         try:
+            if FLAVOURS[self.flavour].own:
+                options.register_custom_ops_library(str(native.library()))
             session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:
             self.bundle.check_unchanged()

@@ -349,6 +349,16 @@ def test_the_runner_takes_them_where_it_has_them(bundles: dict[str, Path]) -> No
     assert [check.name for check in verify(bundles["narrow"])][-2:] == ["parity (ort)", "parity (native)"]
 
 
+@built
+def test_operators_that_cannot_be_loaded_are_an_error(
+    bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "_operators.so").write_bytes(b"of another processor")
+    monkeypatch.setattr(native, "library", lambda: tmp_path / "_operators.so")
+    with pytest.raises(LawcatError, match=r"cannot load model_native\.onnx: .*_operators\.so"):
+        Engine(Bundle.open(bundles["narrow"]), threads=1)
+
+
 def test_without_them_the_next_flavour_runs(
     bundles: dict[str, Path], without: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
