@@ -300,14 +300,17 @@ static void NAME(quantise)(void *of, size_t item) {
     if (p->bits == 4) memset(a, 0, (size_t)c->stride); /* the last group may not be full */
     for (int64_t k = 0; k < p->chunks; k++) {
         int64_t begin = k * p->chunk, count = p->K - begin < p->chunk ? p->K - begin : p->chunk;
+        if (count < 0) count = 0; /* the last block may be mostly padding */
         float values[GROUP] = {0}, sizes[GROUP];
         int32_t whole[GROUP], total = 0;
         memcpy(values, x + begin, (size_t)count * sizeof(float));
         for (int i = 0; i < GROUP; i++) sizes[i] = fabsf(values[i]);
         float most = NAME(max_of)(sizes, GROUP), sum = NAME(sum_of)(values, GROUP);
+        int finite = isfinite(most) && isfinite(sum); /* else the scale is NaN, and all that comes of it */
         vf inverse = NAME(all)(most > 0 ? 127.0f / most : 0.0f), magic = NAME(all)(12582912.0f);
         for (int i = 0; i < GROUP; i += VW)
             *(vi *)(whole + i) = (vi)(NAME(load)(values + i) * inverse + magic) - 0x4B400000;
+        if (!finite) memset(whole, 0, sizeof whole);
         for (int i = 0; i < GROUP; i++) total += whole[i];
         if (p->bits == 8)
             for (int i = 0; i < GROUP; i++) a[begin + i] = (int8_t)whole[i];
@@ -318,8 +321,7 @@ static void NAME(quantise)(void *of, size_t item) {
                 group[i + 64] = (int8_t)whole[2 * i + 1];
             }
         }
-        /* a NaN makes its chunk's scale NaN, so that it is not lost in the integers */
-        c->scale[m * p->chunks + k] = sum != sum ? sum : most / 127.0f;
+        c->scale[m * p->chunks + k] = finite ? most / 127.0f : NAN;
         c->sum[m * p->chunks + k] = sum;
         c->chunk_zero[m * p->chunks + k] = (int32_t)-zero * total;
     }

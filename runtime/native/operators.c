@@ -304,7 +304,7 @@ static OrtStatus *ORT_API_CALL create_attention(const OrtCustomOp *op, const Ort
 /* The inputs of a run, held against the layer's sizes. */
 static OrtStatus *read_inputs(const Attention *a, OrtKernelContext *context, AttentionCall *c, Tensor *conv,
                               Tensor *state, Tensor *key, Tensor *value) {
-    Tensor packed, seqlens = {0}, cos = {0}, sin = {0}, positions = {0};
+    Tensor packed, gamma, seqlens = {0}, cos = {0}, sin = {0}, positions = {0};
     int64_t H = a->H, G = a->G, d = a->d;
     TRY(input(context, PACKED, &packed));
     TRY(input(context, CONV_STATE, conv));
@@ -316,6 +316,8 @@ static OrtStatus *read_inputs(const Attention *a, OrtKernelContext *context, Att
         return wrong("LawcatAttention: the packed product does not fit the layer");
     if (!has_shape(conv, 3, B, 2 * H * d, a->K - 1, 0) || !has_shape(state, 4, B, H, 2 * a->f, d + 1))
         return wrong("LawcatAttention: the state does not fit the layer");
+    TRY(input(context, GAMMA, &gamma));
+    if (!a->gamma && gamma.rank) return wrong("LawcatAttention: qk_gamma must be a constant that fits the layer");
     if (a->window || a->rope) {
         TRY(input(context, COS, &cos));
         TRY(input(context, SIN, &sin));
@@ -329,9 +331,11 @@ static OrtStatus *read_inputs(const Attention *a, OrtKernelContext *context, Att
             if (c->positions[i] < 0 || c->positions[i] >= rows)
                 return wrong("LawcatAttention: a position is outside the rotary tables");
     }
-    if (!a->window) return NULL;
     TRY(input(context, KEY, key));
     TRY(input(context, VALUE, value));
+    if (!a->window && (key->rank || value->rank))
+        return wrong("LawcatAttention: a layer without a window has no keys and values");
+    if (!a->window) return NULL;
     TRY(input(context, SEQLENS, &seqlens));
     c->C = key->at && key->rank == 4 ? key->dims[2] : 0;
     if (!has_shape(key, 4, B, G, c->C, d) || !has_shape(value, 4, B, G, c->C, d) ||
