@@ -31,6 +31,11 @@ INLINE void NAME(norm_head)(float *out, const float *x, const float *gamma, floa
     for (int64_t i = 0; i < d; i++) out[i] = x[i] * scale * gamma[i];
 }
 
+/* Have `count` numbers brought nearer, which are needed soon. */
+INLINE void NAME(fetch)(const float *at, int64_t count) {
+    for (int64_t i = 0; i < count; i += 16) __builtin_prefetch(at + i, 0, 2);
+}
+
 /* One head's q or k [d] of one token out of the packed product, normed where the model does. */
 INLINE void NAME(head_of)(float *out, const Attention *a, const float *packed, int64_t column, int64_t norm) {
     if (a->gamma)
@@ -203,6 +208,7 @@ static void NAME(attend)(void *of, size_t item) {
     if (c->state_past != c->state)
         memcpy(S, c->state_past + (int64_t)item * F * (d + 1), (size_t)(F * (d + 1)) * sizeof(float));
 
+    NAME(fetch)(S, F * (d + 1));
     for (int64_t t0 = 0; t0 < c->T; t0 += c->tile) {
         int64_t m = c->T - t0 < c->tile ? c->T - t0 : c->tile;
         const float *packed = c->packed + (b * c->T + t0) * c->N;
@@ -225,6 +231,12 @@ static void NAME(attend)(void *of, size_t item) {
         NAME(feature)(a, a->taps + h * K * d, a->feature + h * d * a->f, rows_q, x, phi_q, m);
         NAME(feature)(a, a->taps + (H + h) * K * d, a->feature + h * d * a->f, rows_k, x, phi_k, m);
 
+        if (a->window && !c->transposed) { /* the rows that the window sees */
+            int64_t from = c->slots[b] - a->window + 1 > 0 ? c->slots[b] - a->window + 1 : 0;
+            int64_t begin = ((b * G + g) * c->C + from) * d, count = (c->slots[b] + 1 - from) * d;
+            NAME(fetch)(c->key + begin, count);
+            NAME(fetch)(c->value + begin, count);
+        }
         NAME(gemm)(m, F, a->R, packed + latent, c->N, a->gate + h * F, H * F, decay, F);
         NAME(map_softplus)(decay, decay, m * F, 0.0f, 1.0f);
         NAME(map_exp)(decay, decay, m * F, 0.0f, -1.0f / a->gate_divisor);
@@ -288,14 +300,17 @@ static void NAME(quantise)(void *of, size_t item) {
     if (p->bits == 4) memset(a, 0, (size_t)c->stride); /* the last group may not be full */
     for (int64_t k = 0; k < p->chunks; k++) {
         int64_t begin = k * p->chunk, count = p->K - begin < p->chunk ? p->K - begin : p->chunk;
+        if (count < 0) count = 0; /* the last block may be mostly padding */
         float values[GROUP] = {0}, sizes[GROUP];
         int32_t whole[GROUP], total = 0;
         memcpy(values, x + begin, (size_t)count * sizeof(float));
         for (int i = 0; i < GROUP; i++) sizes[i] = fabsf(values[i]);
         float most = NAME(max_of)(sizes, GROUP), sum = NAME(sum_of)(values, GROUP);
+        int finite = isfinite(most) && isfinite(sum); /* else the scale is NaN, and all that comes of it */
         vf inverse = NAME(all)(most > 0 ? 127.0f / most : 0.0f), magic = NAME(all)(12582912.0f);
         for (int i = 0; i < GROUP; i += VW)
             *(vi *)(whole + i) = (vi)(NAME(load)(values + i) * inverse + magic) - 0x4B400000;
+        if (!finite) memset(whole, 0, sizeof whole);
         for (int i = 0; i < GROUP; i++) total += whole[i];
         if (p->bits == 8)
             for (int i = 0; i < GROUP; i++) a[begin + i] = (int8_t)whole[i];
@@ -306,8 +321,7 @@ static void NAME(quantise)(void *of, size_t item) {
                 group[i + 64] = (int8_t)whole[2 * i + 1];
             }
         }
-        /* a NaN makes its chunk's scale NaN, so that it is not lost in the integers */
-        c->scale[m * p->chunks + k] = sum != sum ? sum : most / 127.0f;
+        c->scale[m * p->chunks + k] = finite ? most / 127.0f : NAN;
         c->sum[m * p->chunks + k] = sum;
         c->chunk_zero[m * p->chunks + k] = (int32_t)-zero * total;
     }

@@ -304,7 +304,7 @@ static OrtStatus *ORT_API_CALL create_attention(const OrtCustomOp *op, const Ort
 /* The inputs of a run, held against the layer's sizes. */
 static OrtStatus *read_inputs(const Attention *a, OrtKernelContext *context, AttentionCall *c, Tensor *conv,
                               Tensor *state, Tensor *key, Tensor *value) {
-    Tensor packed, seqlens = {0}, cos = {0}, sin = {0}, positions = {0};
+    Tensor packed, gamma, seqlens = {0}, cos = {0}, sin = {0}, positions = {0};
     int64_t H = a->H, G = a->G, d = a->d;
     TRY(input(context, PACKED, &packed));
     TRY(input(context, CONV_STATE, conv));
@@ -316,6 +316,8 @@ static OrtStatus *read_inputs(const Attention *a, OrtKernelContext *context, Att
         return wrong("LawcatAttention: the packed product does not fit the layer");
     if (!has_shape(conv, 3, B, 2 * H * d, a->K - 1, 0) || !has_shape(state, 4, B, H, 2 * a->f, d + 1))
         return wrong("LawcatAttention: the state does not fit the layer");
+    TRY(input(context, GAMMA, &gamma));
+    if (!a->gamma && gamma.rank) return wrong("LawcatAttention: qk_gamma must be a constant that fits the layer");
     if (a->window || a->rope) {
         TRY(input(context, COS, &cos));
         TRY(input(context, SIN, &sin));
@@ -329,9 +331,11 @@ static OrtStatus *read_inputs(const Attention *a, OrtKernelContext *context, Att
             if (c->positions[i] < 0 || c->positions[i] >= rows)
                 return wrong("LawcatAttention: a position is outside the rotary tables");
     }
-    if (!a->window) return NULL;
     TRY(input(context, KEY, key));
     TRY(input(context, VALUE, value));
+    if (!a->window && (key->rank || value->rank))
+        return wrong("LawcatAttention: a layer without a window has no keys and values");
+    if (!a->window) return NULL;
     TRY(input(context, SEQLENS, &seqlens));
     c->C = key->at && key->rank == 4 ? key->dims[2] : 0;
     if (!has_shape(key, 4, B, G, c->C, d) || !has_shape(value, 4, B, G, c->C, d) ||
@@ -448,27 +452,50 @@ static size_t ORT_API_CALL one(const OrtCustomOp *op) { return (void)op, 1; }
 enum { X, WEIGHTS, SCALES, OFFSETS, BIAS, PRODUCT_INPUTS };
 enum { SLICE_BYTES = 1 << 15 };
 
+/* A product with its weights, which lie where onnxruntime has them as long as the session lives. */
+typedef struct {
+    Product of;
+    Tensor weights, scales, offsets, bias;
+} StoredProduct;
+
+static OrtStatus *read_product(const OrtKernelInfo *info, StoredProduct *own) {
+    Product *p = &own->of;
+    int64_t bits;
+    TRY(api->KernelInfoGetAttribute_int64(info, "N", &p->N));
+    TRY(api->KernelInfoGetAttribute_int64(info, "K", &p->K));
+    TRY(api->KernelInfoGetAttribute_int64(info, "bits", &bits));
+    TRY(api->KernelInfoGetAttribute_int64(info, "block_size", &p->block));
+    TRY(api->KernelInfoGetAttribute_float(info, "offset_unit", &p->unit));
+    if ((bits != 4 && bits != 8) || p->N < 1 || p->K < 1 || p->N > INT32_MAX || p->block < 1 || p->block > 1024)
+        return wrong("BlockProduct: a size is out of range");
+    p->bits = (int)bits, p->chunk = bits == 8 ? 64 : 32;
+    if (p->block % p->chunk || p->K > (int64_t)MOST_CHUNKS * p->chunk)
+        return wrong("BlockProduct: blocks must hold whole chunks, and rows not too many of them");
+    p->blocks = (p->K + p->block - 1) / p->block;
+    p->chunks = p->blocks * p->block / p->chunk;
+    p->groups = bits == 8 ? p->chunks : (p->chunks + 3) / 4;
+    TRY(weight(info, WEIGHTS, &own->weights));
+    TRY(weight(info, SCALES, &own->scales));
+    TRY(weight(info, OFFSETS, &own->offsets));
+    TRY(weight(info, BIAS, &own->bias));
+    if (!has_shape(&own->weights, 3, p->N, p->blocks, p->block * p->bits / 8, 0) ||
+        !has_shape(&own->scales, 2, p->N, p->blocks, 0, 0) ||
+        (own->offsets.at && !has_shape(&own->offsets, 2, p->N, p->blocks, 0, 0)) ||
+        (own->bias.at && !has_shape(&own->bias, 1, p->N, 0, 0, 0)))
+        return wrong("BlockProduct: the weights must be constants that fit the product");
+    return NULL;
+}
+
 static OrtStatus *ORT_API_CALL create_product(const OrtCustomOp *op, const OrtApi *given,
                                               const OrtKernelInfo *info, void **kernel) {
     (void)op, (void)given;
-    Product p = {0};
-    int64_t bits;
-    TRY(api->KernelInfoGetAttribute_int64(info, "N", &p.N));
-    TRY(api->KernelInfoGetAttribute_int64(info, "K", &p.K));
-    TRY(api->KernelInfoGetAttribute_int64(info, "bits", &bits));
-    TRY(api->KernelInfoGetAttribute_int64(info, "block_size", &p.block));
-    TRY(api->KernelInfoGetAttribute_float(info, "offset_unit", &p.unit));
-    if ((bits != 4 && bits != 8) || p.N < 1 || p.K < 1 || p.N > INT32_MAX || p.block < 1 || p.block > 1024)
-        return wrong("BlockProduct: a size is out of range");
-    p.bits = (int)bits, p.chunk = bits == 8 ? 64 : 32;
-    if (p.block % p.chunk || p.K > (int64_t)MOST_CHUNKS * p.chunk)
-        return wrong("BlockProduct: blocks must hold whole chunks, and rows not too many of them");
-    p.blocks = (p.K + p.block - 1) / p.block;
-    p.chunks = p.blocks * p.block / p.chunk;
-    p.groups = bits == 8 ? p.chunks : (p.chunks + 3) / 4;
-    Product *own = malloc(sizeof *own);
+    StoredProduct *own = calloc(1, sizeof *own);
     if (!own) return wrong("BlockProduct: out of memory");
-    *own = p;
+    OrtStatus *status = read_product(info, own);
+    if (status) {
+        free(own);
+        return status;
+    }
     *kernel = own;
     return NULL;
 }
@@ -476,22 +503,14 @@ static OrtStatus *ORT_API_CALL create_product(const OrtCustomOp *op, const OrtAp
 static void ORT_API_CALL free_product(void *kernel) { free(kernel); }
 
 static OrtStatus *ORT_API_CALL run_product(void *kernel, OrtKernelContext *context) {
-    const Product *p = kernel;
-    Tensor x, weights, scales, offsets, bias;
+    const StoredProduct *own = kernel;
+    const Product *p = &own->of;
+    Tensor x;
     TRY(input(context, X, &x));
-    TRY(input(context, WEIGHTS, &weights));
-    TRY(input(context, SCALES, &scales));
-    TRY(input(context, OFFSETS, &offsets));
-    TRY(input(context, BIAS, &bias));
     if (!x.at || x.rank != 3 || x.dims[2] != p->K || x.dims[0] < 1 || x.dims[1] < 1)
         return wrong("BlockProduct: the input is not [B,T,K]");
-    if (!has_shape(&weights, 3, p->N, p->blocks, p->block * p->bits / 8, 0) ||
-        !has_shape(&scales, 2, p->N, p->blocks, 0, 0) ||
-        (offsets.at && !has_shape(&offsets, 2, p->N, p->blocks, 0, 0)) ||
-        (bias.at && !has_shape(&bias, 1, p->N, 0, 0, 0)))
-        return wrong("BlockProduct: the weights do not fit the product");
-    ProductCall c = {.of = p, .M = x.dims[0] * x.dims[1], .x = x.at, .weights = weights.at,
-                     .scales = scales.at, .offsets = offsets.at, .bias = bias.at};
+    ProductCall c = {.of = p, .M = x.dims[0] * x.dims[1], .x = x.at, .weights = own->weights.at,
+                     .scales = own->scales.at, .offsets = own->offsets.at, .bias = own->bias.at};
     const int64_t dims[] = {x.dims[0], x.dims[1], p->N};
     TRY(output(context, 0, dims, 3, (void **)&c.y));
 

@@ -158,30 +158,36 @@ static void product_avx2(void *of, size_t item) {
 
 #define INLINE static inline __attribute__((always_inline))
 
-/* float16 scales of one row, by chunk, as floats; in `shifts` what its offsets make of the sums of x */
-INLINE void row_scales(const ProductCall *c, int64_t n, float *scales, float *shifts) {
+enum { AHEAD = 4096 }; /* bytes: the processor's own prefetching ends with every page of memory */
+enum { SEGMENT = 16 }; /* chunks whose scales are at hand at once */
+
+/* The scales of chunks k to k + 15 of row n (0 past the last), and what its offsets make of the sums of x. */
+INLINE __m512 row_scales(const ProductCall *c, int64_t n, int64_t k, __m512 *shifts) {
     const Product *p = c->of;
-    int64_t per_block = p->block / p->chunk;
+    int64_t count = p->chunks - k < SEGMENT ? p->chunks - k : SEGMENT, per_block = p->block / p->chunk;
     const uint16_t *halves = c->scales + n * p->blocks;
     const int8_t *offsets = c->offsets ? c->offsets + n * p->blocks : NULL;
+    uint16_t repeated[SEGMENT];
+    int8_t repeated_offsets[SEGMENT];
     if (per_block > 1) {
-        for (int64_t k = 0; k < p->chunks; k++) {
-            scales[k] = half_to_float(halves[k / per_block]);
-            if (offsets) shifts[k] = scales[k] * p->unit * (float)offsets[k / per_block];
-        }
-        return;
+        for (int64_t i = 0; i < count; i++) repeated[i] = halves[(k + i) / per_block];
+        for (int64_t i = 0; i < count && offsets; i++) repeated_offsets[i] = offsets[(k + i) / per_block];
+        halves = repeated, offsets = offsets ? repeated_offsets : NULL;
+    } else {
+        halves += k, offsets = offsets ? offsets + k : NULL;
     }
-    for (int64_t k = 0; k < p->chunks; k += 16) {
-        int64_t count = p->chunks - k < 16 ? p->chunks - k : 16;
-        __mmask16 mask = (__mmask16)((1u << count) - 1);
-        __m512 values = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, halves + k));
-        _mm512_mask_storeu_ps(scales + k, mask, values);
-        if (offsets) {
-            __m512i steps = _mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(mask, offsets + k));
-            values = _mm512_mul_ps(_mm512_mul_ps(values, _mm512_set1_ps(p->unit)), _mm512_cvtepi32_ps(steps));
-            _mm512_mask_storeu_ps(shifts + k, mask, values);
-        }
+    __mmask16 mask = (__mmask16)((1u << count) - 1);
+    __m512 scales = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, halves));
+    if (offsets) {
+        __m512 steps = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(mask, offsets)));
+        *shifts = _mm512_mul_ps(_mm512_mul_ps(scales, _mm512_set1_ps(p->unit)), steps);
     }
+    return scales;
+}
+
+/* `count` numbers from `at` on, then zeros */
+INLINE __m512 some(const float *at, int64_t count) {
+    return _mm512_maskz_loadu_ps(count >= 16 ? (__mmask16)0xFFFF : (__mmask16)((1u << count) - 1), at);
 }
 
 /* the bytes of a group of one row that are there */
@@ -190,60 +196,87 @@ INLINE __mmask64 group_mask(const Product *p, int64_t g) {
     return bytes >= 64 ? ~(__mmask64)0 : ((__mmask64)1 << bytes) - 1;
 }
 
-/* R rows from n on, times token m */
-INLINE void rows(const int R, const ProductCall *c, int64_t n, int64_t m) {
+/* the sum of each of four vectors */
+INLINE __m128 sums_of_four(const __m512 *x) {
+    __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1]));
+    __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(x[2], x[3]), _mm512_unpackhi_ps(x[2], x[3]));
+    __m512d lower = _mm512_unpacklo_pd((__m512d)a, (__m512d)b), upper = _mm512_unpackhi_pd((__m512d)a, (__m512d)b);
+    __m512 whole = _mm512_add_ps((__m512)lower, (__m512)upper);
+    __m256 half = _mm256_add_ps(_mm512_castps512_ps256(whole), _mm512_extractf32x8_ps(whole, 1));
+    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+
+/* R rows from n on, times M tokens */
+INLINE void rows(const int R, const int M, const int bits, const ProductCall *c, int64_t n) {
     const Product *p = c->of;
-    int64_t bytes = p->blocks * p->block * p->bits / 8;
-    const int8_t *a = c->a + m * c->stride;
-    const int32_t *zero = c->lane_zero + m * p->groups * 16;
-    const float *scale = c->scale + m * p->chunks, *sum = c->sum + m * p->chunks;
-    int64_t stride = padded(p->chunks) + 16;
-    float scales[4 * stride], shifts[4 * stride];
-    __m512 sums[4];
-    float rest[4] = {0};
-    for (int r = 0; r < R; r++) {
-        sums[r] = _mm512_setzero_ps();
-        row_scales(c, n + r, scales + r * stride, shifts + r * stride);
-        __m512 shifted = _mm512_setzero_ps();
-        for (int64_t k = 0; k < p->chunks; k += 16) {
-            int64_t count = p->chunks - k < 16 ? p->chunks - k : 16;
-            __mmask16 mask = (__mmask16)((1u << count) - 1);
-            __m512 own = _mm512_maskz_loadu_ps(mask, scales + r * stride + k);
-            _mm512_storeu_ps(scales + r * stride + k, _mm512_mul_ps(own, _mm512_maskz_loadu_ps(mask, scale + k)));
-            if (c->offsets)
-                shifted = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, shifts + r * stride + k),
-                                          _mm512_maskz_loadu_ps(mask, sum + k), shifted);
-        }
-        if (c->offsets) rest[r] = _mm512_reduce_add_ps(shifted);
-    }
+    const int64_t bytes = p->blocks * p->block * bits / 8, in_group = bits == 8 ? 1 : 4;
+    const __m512i low = _mm512_set1_epi8(15);
+    const __m512i fourfold = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
     const uint8_t *w = c->weights + n * bytes;
-    if (p->bits == 8)
-        for (int64_t g = 0; g < p->groups; g++) {
-            __m512i own = _mm512_loadu_si512(a + g * 64), start = _mm512_loadu_si512(zero + g * 16);
-            for (int r = 0; r < R; r++) {
-                __m512i dot = _mm512_dpbusd_epi32(start, _mm512_loadu_si512(w + r * bytes + g * 64), own);
-                sums[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_set1_ps(scales[r * stride + g]), sums[r]);
+    __m512 sums[4][4], shifted[4][4];
+    float factors[4][4][SEGMENT];
+    for (int r = 0; r < R; r++)
+        for (int m = 0; m < M; m++) sums[r][m] = shifted[r][m] = _mm512_setzero_ps();
+    for (int64_t k = 0; k < p->chunks; k += SEGMENT) {
+        __m512 scale[4], sum[4];
+        for (int m = 0; m < M; m++) {
+            scale[m] = some(c->scale + m * p->chunks + k, p->chunks - k);
+            if (c->offsets) sum[m] = some(c->sum + m * p->chunks + k, p->chunks - k);
+        }
+        for (int r = 0; r < R; r++) {
+            __m512 shift = _mm512_setzero_ps(), own = row_scales(c, n + r, k, &shift);
+            for (int m = 0; m < M; m++) {
+                _mm512_storeu_ps(factors[r][m], _mm512_mul_ps(own, scale[m]));
+                if (c->offsets) shifted[r][m] = _mm512_fmadd_ps(shift, sum[m], shifted[r][m]);
             }
         }
-    else {
-        const __m512i low = _mm512_set1_epi8(15);
-        const __m512i fourfold = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-        for (int64_t g = 0; g < p->groups; g++) {
-            __mmask64 mask = group_mask(p, g);
-            __m512i even = _mm512_loadu_si512(a + g * 128), odd = _mm512_loadu_si512(a + g * 128 + 64);
-            __m512i start = _mm512_loadu_si512(zero + g * 16);
+        int64_t last = k / in_group + SEGMENT / in_group;
+        for (int64_t g = k / in_group; g < (last < p->groups ? last : p->groups); g++) {
+            __mmask64 mask = bits == 8 ? ~(__mmask64)0 : group_mask(p, g);
             for (int r = 0; r < R; r++) {
-                __m512i both = _mm512_maskz_loadu_epi8(mask, w + r * bytes + g * 64);
-                __m512i dot = _mm512_dpbusd_epi32(start, _mm512_and_si512(both, low), even);
-                dot = _mm512_dpbusd_epi32(dot, _mm512_and_si512(_mm512_srli_epi16(both, 4), low), odd);
-                __m512 four = _mm512_castps128_ps512(_mm_loadu_ps(scales + r * stride + g * 4));
-                sums[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_permutexvar_ps(fourfold, four),
-                                          sums[r]);
+                __m512i even, odd;
+                _mm_prefetch((const char *)w + r * bytes + g * 64 + AHEAD, _MM_HINT_T0);
+                if (bits == 8)
+                    even = _mm512_loadu_si512(w + r * bytes + g * 64);
+                else {
+                    odd = _mm512_maskz_loadu_epi8(mask, w + r * bytes + g * 64);
+                    even = _mm512_and_si512(odd, low);
+                    odd = _mm512_and_si512(_mm512_srli_epi16(odd, 4), low);
+                }
+                for (int m = 0; m < M; m++) {
+                    const int8_t *a = c->a + m * c->stride + g * (bits == 8 ? 64 : 128);
+                    __m512i dot = _mm512_loadu_si512(c->lane_zero + (m * p->groups + g) * 16);
+                    dot = _mm512_dpbusd_epi32(dot, even, _mm512_loadu_si512(a));
+                    __m512 factor;
+                    if (bits == 8)
+                        factor = _mm512_set1_ps(factors[r][m][g - k]);
+                    else {
+                        dot = _mm512_dpbusd_epi32(dot, odd, _mm512_loadu_si512(a + 64));
+                        __m128 four = _mm_loadu_ps(factors[r][m] + g * 4 - k);
+                        factor = _mm512_permutexvar_ps(fourfold, _mm512_castps128_ps512(four));
+                    }
+                    sums[r][m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), factor, sums[r][m]);
+                }
             }
         }
     }
-    for (int r = 0; r < R; r++)
-        c->y[m * p->N + n + r] = _mm512_reduce_add_ps(sums[r]) + rest[r] + (c->bias ? c->bias[n + r] : 0.0f);
+    for (int m = 0; m < M; m++) {
+        __m512 all[4];
+        for (int r = 0; r < 4; r++)
+            all[r] = r >= R         ? _mm512_setzero_ps()
+                     : c->offsets ? _mm512_add_ps(sums[r][m], shifted[r][m])
+                                  : sums[r][m];
+        __mmask8 mask = (1 << R) - 1;
+        __m128 total = sums_of_four(all);
+        if (c->bias) total = _mm_add_ps(total, _mm_maskz_loadu_ps(mask, c->bias + n));
+        _mm_mask_storeu_ps(c->y + m * p->N + n, mask, total);
+    }
+}
+
+/* rows n to end, times M tokens */
+INLINE void all_rows(const int M, const int bits, const ProductCall *c, int64_t n, int64_t end) {
+    for (; n + 4 <= end; n += 4) rows(4, M, bits, c, n);
+    for (; n < end; n++) rows(1, M, bits, c, n);
 }
 
 /* 16 registers of 16 numbers, as a matrix, transposed */
@@ -304,40 +337,44 @@ INLINE void chunk_of_all(const int bits, const ProductCall *c, const __m512i *w,
 }
 
 /* 16 rows from n on (fewer at the end), times M tokens from m0 on */
-static void tile(const ProductCall *c, int64_t n, int64_t m0, int64_t M) {
+INLINE void tile(const int bits, const ProductCall *c, int64_t n, int64_t m0, int64_t M) {
     const Product *p = c->of;
-    int64_t bytes = p->blocks * p->block * p->bits / 8, count = p->N - n < 16 ? p->N - n : 16;
+    int64_t bytes = p->blocks * p->block * bits / 8, count = p->N - n < 16 ? p->N - n : 16;
+    const __m512i low = _mm512_set1_epi8(15);
     __m512 sums[MOST_TOKENS];
-    int64_t stride = padded(p->chunks);
-    float scales[16 * stride], shifts[16 * stride];
+    __m512i scales[SEGMENT], shifts[SEGMENT];
     for (int64_t m = 0; m < M; m++) sums[m] = _mm512_setzero_ps();
-    for (int64_t r = 0; r < 16; r++)
-        row_scales(c, n + (r < count ? r : count - 1), scales + r * stride, shifts + r * stride);
-    for (int64_t g = 0; g < p->groups; g++) {
-        __m512i w[16];
-        __mmask64 mask = group_mask(p, g);
-        for (int64_t r = 0; r < 16; r++)
-            w[r] = _mm512_maskz_loadu_epi8(mask,
-                                           c->weights + (n + (r < count ? r : count - 1)) * bytes + g * 64);
-        transpose(w);
-        int64_t first = p->bits == 8 ? g : 4 * g;
-        for (int64_t k = first; k < (p->bits == 8 ? g + 1 : 4 * g + 4) && k < p->chunks; k++) {
-            float own[16], shift[16] = {0};
-            for (int r = 0; r < 16; r++) own[r] = scales[r * stride + k];
-            if (c->offsets)
-                for (int r = 0; r < 16; r++) shift[r] = shifts[r * stride + k];
-            __m512 scale = _mm512_loadu_ps(own), move = _mm512_loadu_ps(shift);
-            if (p->bits == 8)
-                chunk_of_all(8, c, w, k, m0, M, g * 64, scale, move, sums);
-            else {
-                const __m512i low = _mm512_set1_epi8(15);
-                __m512i halves[8];
-                for (int i = 0; i < 4; i++) {
-                    halves[i] = _mm512_and_si512(w[4 * (k - first) + i], low);
-                    halves[i + 4] = _mm512_and_si512(_mm512_srli_epi16(w[4 * (k - first) + i], 4), low);
-                }
-                chunk_of_all(4, c, halves, k, m0, M, g * 128 + (k - first) * 16, scale, move, sums);
+    for (int64_t k = 0; k < p->chunks; k++) {
+        if (k % SEGMENT == 0) {
+            for (int64_t r = 0; r < 16; r++) {
+                __m512 shift = _mm512_setzero_ps();
+                scales[r] = (__m512i)row_scales(c, n + (r < count ? r : count - 1), k, &shift);
+                shifts[r] = (__m512i)shift;
             }
+            transpose(scales);
+            if (c->offsets) transpose(shifts);
+        }
+        __m512i w[16];
+        int64_t g = bits == 8 ? k : k / 4;
+        if (bits == 8 || k % 4 == 0) {
+            __mmask64 mask = group_mask(p, g);
+            for (int64_t r = 0; r < 16; r++) {
+                const uint8_t *row = c->weights + (n + (r < count ? r : count - 1)) * bytes;
+                _mm_prefetch((const char *)row + g * 64 + 16 * bytes, _MM_HINT_T0); /* of the next tile */
+                w[r] = _mm512_maskz_loadu_epi8(mask, row + g * 64);
+            }
+            transpose(w);
+        }
+        __m512 scale = (__m512)scales[k % SEGMENT], shift = (__m512)shifts[k % SEGMENT];
+        if (bits == 8)
+            chunk_of_all(8, c, w, k, m0, M, g * 64, scale, shift, sums);
+        else {
+            __m512i halves[8];
+            for (int i = 0; i < 4; i++) {
+                halves[i] = _mm512_and_si512(w[k % 4 * 4 + i], low);
+                halves[i + 4] = _mm512_and_si512(_mm512_srli_epi16(w[k % 4 * 4 + i], 4), low);
+            }
+            chunk_of_all(4, c, halves, k, m0, M, g * 128 + k % 4 * 16, scale, shift, sums);
         }
     }
     __mmask16 mask = (__mmask16)((1u << count) - 1);
@@ -346,20 +383,26 @@ static void tile(const ProductCall *c, int64_t n, int64_t m0, int64_t M) {
         _mm512_mask_storeu_ps(c->y + (m0 + m) * p->N + n, mask, _mm512_add_ps(sums[m], bias));
 }
 
+INLINE void product_of_bits(const int bits, const ProductCall *c, int64_t n, int64_t end) {
+    switch (c->M) {
+    case 1: all_rows(1, bits, c, n, end); break;
+    case 2: all_rows(2, bits, c, n, end); break;
+    case 3: all_rows(3, bits, c, n, end); break;
+    default:
+        for (; n < end; n += 16)
+            for (int64_t m0 = 0; m0 < c->M; m0 += MOST_TOKENS)
+                tile(bits, c, n, m0, c->M - m0 < MOST_TOKENS ? c->M - m0 : MOST_TOKENS);
+    }
+}
+
 static void product_vnni(void *of, size_t item) {
     const ProductCall *c = of;
     int64_t n = (int64_t)item * c->rows_in_slice, end = n + c->rows_in_slice;
     if (end > c->of->N) end = c->of->N;
-    if (c->M >= FEW_TOKENS) {
-        for (; n < end; n += 16)
-            for (int64_t m0 = 0; m0 < c->M; m0 += MOST_TOKENS)
-                tile(c, n, m0, c->M - m0 < MOST_TOKENS ? c->M - m0 : MOST_TOKENS);
-        return;
-    }
-    for (; n + 4 <= end; n += 4)
-        for (int64_t m = 0; m < c->M; m++) rows(4, c, n, m);
-    for (; n < end; n++)
-        for (int64_t m = 0; m < c->M; m++) rows(1, c, n, m);
+    if (c->of->bits == 8)
+        product_of_bits(8, c, n, end);
+    else
+        product_of_bits(4, c, n, end);
 }
 
 #undef INLINE
