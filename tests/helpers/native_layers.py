@@ -2,7 +2,6 @@
 
 As a command it runs them in onnxruntime, since a process takes one instruction set (LAWCAT_EDGE_ISA) for
 good. ``python native_layers.py OUT.npz THREADS`` writes the outputs of every case;
-``python native_layers.py --hardly-begun OUT.npz`` those of HARDLY_BEGUN;
 ``python native_layers.py --malformed`` prints a line for each malformed model: its name, and the error or
 ``ran``.
 """
@@ -186,15 +185,12 @@ PRODUCTS = {
     "one-block": Product(16, 64, 8, 64, bias=True),
     "eight-bits": Product(37, 192, 8, 64, bias=True),
     "not-full": Product(21, 100, 8, 128),
+    "hardly-begun": Product(21, 130, 8, 128, bias=True),  # whole chunks of the last block are beyond K
     "four-bits": Product(33, 96, 4, 32, offsets=True, bias=True),
     "four-bits-not-full": Product(18, 45, 4, 64),
+    "four-bits-hardly-begun": Product(19, 260, 4, 128, offsets=True),
     "long": Product(70, 4096, 4, 32, offsets=True),
     "long-eight": Product(5, 8192, 8, 1024),
-}
-# of whose last block whole chunks are beyond K
-HARDLY_BEGUN = {
-    "eight-bits": Product(21, 130, 8, 128, bias=True),
-    "four-bits": Product(19, 260, 4, 128, offsets=True),
 }
 PRODUCT_TOKENS = (1, 2, 3, 4, 5, 8, 13, 260)
 
@@ -398,20 +394,15 @@ def _run_all(path: str, threads: int) -> None:
     running = session(swiglu_model(), threads)
     for width, tokens in SWIGLU:
         (out[f"swiglu/{width}/{tokens}"],) = running.run(None, {"x": swiglu_input(width, tokens)})
-    out |= _products(PRODUCTS, threads)
-    np.savez(path, **out)  # type: ignore[arg-type]
-
-
-def _products(products: dict[str, Product], threads: int = 1) -> Arrays:
-    out: Arrays = {}
-    for name, case in products.items():
-        running = session(product_model(case), threads)
+    for case_name, product in PRODUCTS.items():
+        running = session(product_model(product), threads)
         for T, exact in itertools.product(PRODUCT_TOKENS, (True, False)):
-            x = product_input(case, T, exact)
-            (out[f"product/{name}/{T}/{exact}"],) = running.run(None, {"x": x})
-        x[0, 0, -1] = np.nan
-        (out[f"product/{name}/nan"],) = running.run(None, {"x": x})
-    return out
+            x = product_input(product, T, exact)
+            (out[f"product/{case_name}/{T}/{exact}"],) = running.run(None, {"x": x})
+        for what in (np.nan, np.inf):
+            x[0, 0, -1] = what
+            (out[f"product/{case_name}/{what}"],) = running.run(None, {"x": x})
+    np.savez(path, **out)  # type: ignore[arg-type]
 
 
 # -- models that are not right -------------------------------------------------------------------------------
@@ -456,7 +447,7 @@ def _as_input(name: str) -> Change:
     def apply(stored: Arrays, fed: Arrays, made: onnx.ModelProto) -> None:
         (tensor,) = (t for t in made.graph.initializer if t.name == name)
         made.graph.initializer.remove(tensor)
-        made.graph.input.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, stored[name].shape))
+        made.graph.input.append(helper.make_tensor_value_info(name, tensor.data_type, tensor.dims))
         fed[name] = stored[name]
 
     return apply
@@ -567,6 +558,7 @@ def _malformed_products() -> Iterator[tuple[str, Product, Change]]:
                 yield f"{name} empty axis {axis}, {bits}", case, _weight(name, _emptied(axis))
             yield f"{name} of another rank, {bits}", case, _weight(name, lambda x: x[..., None])
             yield f"{name} of float64, {bits}", case, _weight(name, lambda x: x.astype(np.float64))
+            yield f"{name} as an input, {bits}", case, _as_input(name)
             if name in ("weights", "scales"):
                 yield f"no {name}, {bits}", case, _without(name)
         for axis in range(3):
@@ -622,7 +614,5 @@ def _run_malformed() -> None:
 if __name__ == "__main__":
     if sys.argv[1] == "--malformed":
         _run_malformed()
-    elif sys.argv[1] == "--hardly-begun":
-        np.savez(sys.argv[2], **_products(HARDLY_BEGUN))  # type: ignore[arg-type]
     else:
         _run_all(sys.argv[1], int(sys.argv[2]))
