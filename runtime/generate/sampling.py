@@ -101,16 +101,22 @@ class Sampler:
 
     def choose(self, logits: np.ndarray, position: int) -> Choice:
         """The token for `position` (number of tokens before it) from float32 logits [V]."""
-        scores = self._scores
-        np.copyto(scores, logits)
-        best = float(scores.max())
-        if not np.isfinite(best) or np.isnan(scores).any():
+        greedy = self.options.temperature == 0
+        if greedy and self._seen is None:
+            token = int(logits.argmax())  # where there is a NaN, it counts as the largest
+            finite = np.isfinite(logits[token])
+        else:
+            scores = self._scores
+            np.copyto(scores, logits)
+            finite = np.isfinite(scores.max())  # NaN if any is
+            if finite and self._seen is not None:
+                penalty = self.options.repetition_penalty
+                seen = scores[self._seen]
+                scores[self._seen] = np.where(seen > 0, seen / penalty, seen * penalty)
+            if finite:
+                token = int(scores.argmax()) if greedy else self._draw(scores, position)
+        if not finite:
             raise LawcatError("The model's output is not finite; run `lawcat-edge verify` on the bundle.")
-        if self._seen is not None:
-            penalty = self.options.repetition_penalty
-            seen = scores[self._seen]
-            scores[self._seen] = np.where(seen > 0, seen / penalty, seen * penalty)
-        token = int(scores.argmax()) if self.options.temperature == 0 else self._draw(scores, position)
         return Choice(token, float("nan")) if self.logprobs is None else score(logits, token, self.logprobs)
 
     def probabilities(self, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -231,7 +231,7 @@ static void NAME(attend)(void *of, size_t item) {
         NAME(feature)(a, a->taps + h * K * d, a->feature + h * d * a->f, rows_q, x, phi_q, m);
         NAME(feature)(a, a->taps + (H + h) * K * d, a->feature + h * d * a->f, rows_k, x, phi_k, m);
 
-        if (a->window && !c->transposed) { /* the rows that the window sees */
+        if (a->window && !c->transposed && (c->B == 1 || h % (H / G) == 0)) { /* what the window sees */
             int64_t from = c->slots[b] - a->window + 1 > 0 ? c->slots[b] - a->window + 1 : 0;
             int64_t begin = ((b * G + g) * c->C + from) * d, count = (c->slots[b] + 1 - from) * d;
             NAME(fetch)(c->key + begin, count);

@@ -389,9 +389,9 @@ static OrtStatus *ORT_API_CALL run_attention(void *kernel, OrtKernelContext *con
                                                 (size_t)(c.B * a->G), &c);
     else if (a->window) /* a few numbers */
         for (int64_t i = 0; i < c.B * a->G; i++) kernels->append(&c, (size_t)i);
-    if (!status)
-        status = api->KernelContext_ParallelFor(context, kernels->attend, (size_t)(c.B * a->H),
-                                                (size_t)(c.B * a->H), &c);
+    /* Heads that share keys and values stay together where that leaves enough for all threads. */
+    size_t heads = (size_t)(c.B * a->H), parts = c.B > 1 ? (size_t)(c.B * a->G) : heads;
+    if (!status) status = api->KernelContext_ParallelFor(context, kernels->attend, heads, parts, &c);
     free(memory);
     return status;
 }

@@ -51,7 +51,8 @@ class Answer:
         """The pieces up to the last; None now and then while there is nothing."""
         while True:
             try:
-                await asyncio.wait_for(self.signal.wait(), HEARTBEAT_SECONDS)
+                async with asyncio.timeout(HEARTBEAT_SECONDS):
+                    await self.signal.wait()
             except TimeoutError:
                 yield None
                 continue
@@ -135,10 +136,8 @@ class _EventStream(Response):
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         stall = self.answer.stall_seconds
         async for event in self.answer.events():
-            # `send` waits while the client does not read.
-            await asyncio.wait_for(
-                send({"type": "http.response.body", "body": event, "more_body": True}), 2 * stall
-            )
+            async with asyncio.timeout(2 * stall):  # `send` waits while the client does not read
+                await send({"type": "http.response.body", "body": event, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
