@@ -31,9 +31,11 @@ INLINE void NAME(norm_head)(float *out, const float *x, const float *gamma, floa
     for (int64_t i = 0; i < d; i++) out[i] = x[i] * scale * gamma[i];
 }
 
-/* Have `count` numbers brought nearer, which are needed soon. */
+/* Have the first lines of every page of `count` numbers brought nearer, which are needed soon: what follows the
+ * processor then fetches by itself, and faster than it is told to line by line. */
 INLINE void NAME(fetch)(const float *at, int64_t count) {
-    for (int64_t i = 0; i < count; i += 16) __builtin_prefetch(at + i, 0, 2);
+    for (int64_t i = 0; i < count; i += 1024)
+        for (int line = 0; line < 3; line++) __builtin_prefetch(at + i + 16 * line, 0, 2);
 }
 
 /* One head's q or k [d] of one token out of the packed product, normed where the model does. */
@@ -154,10 +156,9 @@ INLINE void NAME(recur)(float *S, const float *q, const float *k, const float *d
     }
 }
 
-/* phi [m][F] = [softmax(x W), softmax(-x W)] of the convolution of `rows` [K-1 + m][d]; x [m][d] is scratch */
-INLINE void NAME(feature)(const Attention *a, const float *taps, const float *W, const float *rows, float *x,
-                          float *phi, int64_t m) {
-    int64_t d = a->d, f = a->f, F = 2 * f;
+/* x [m][d] = the convolution of `rows` [K-1 + m][d] */
+INLINE void NAME(convolve)(const Attention *a, const float *taps, const float *rows, float *x, int64_t m) {
+    int64_t d = a->d;
     for (int64_t t = 0; t < m; t++) {
         int64_t i = 0;
         for (; i + VW <= d; i += VW) {
@@ -171,7 +172,12 @@ INLINE void NAME(feature)(const Attention *a, const float *taps, const float *W,
             for (int64_t j = 0; j < a->K; j++) x[t * d + i] += taps[j * d + i] * rows[(t + j) * d + i];
         }
     }
-    NAME(gemm)(m, f, d, x, d, W, f, phi, F);
+}
+
+/* phi [m][F] = [softmax(x W), softmax(-x W)], x [m][d] */
+INLINE void NAME(feature)(const Attention *a, const float *W, const float *x, float *phi, int64_t m) {
+    int64_t f = a->f, F = 2 * f;
+    NAME(gemm)(m, f, a->d, x, a->d, W, f, phi, F);
     for (int64_t t = 0; t < m; t++) {
         float *plus = phi + t * F, *minus = plus + f;
         for (int64_t i = 0; i < f; i++) minus[i] = -plus[i];
@@ -194,7 +200,7 @@ static void NAME(attend)(void *of, size_t item) {
 
     float *at = c->scratch + (int64_t)item * c->item_floats;
     float *rows_q = at, *rows_k = rows_q + (past + c->tile) * d, *x = rows_k + (past + c->tile) * d;
-    float *phi_q = x + c->tile * d, *phi_k = phi_q + c->tile * F, *decay = phi_k + c->tile * F;
+    float *phi_q = x + 2 * c->tile * d, *decay = phi_q + 2 * c->tile * F;
     float *linear = decay + c->tile * F, *near = linear + c->tile * (d + 1), *sums = near + c->tile * d;
     float *scores = sums + c->tile;
 
@@ -228,8 +234,10 @@ static void NAME(attend)(void *of, size_t item) {
                 }
             }
         }
-        NAME(feature)(a, a->taps + h * K * d, a->feature + h * d * a->f, rows_q, x, phi_q, m);
-        NAME(feature)(a, a->taps + (H + h) * K * d, a->feature + h * d * a->f, rows_k, x, phi_k, m);
+        NAME(convolve)(a, a->taps + h * K * d, rows_q, x, m);
+        NAME(convolve)(a, a->taps + (H + h) * K * d, rows_k, x + m * d, m);
+        NAME(feature)(a, a->feature + h * d * a->f, x, phi_q, 2 * m); /* phi_k comes behind phi_q */
+        const float *phi_k = phi_q + m * F;
 
         if (a->window && !c->transposed && (c->B == 1 || h % (H / G) == 0)) { /* what the window sees */
             int64_t from = c->slots[b] - a->window + 1 > 0 ? c->slots[b] - a->window + 1 : 0;

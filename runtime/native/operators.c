@@ -375,7 +375,7 @@ static OrtStatus *ORT_API_CALL run_attention(void *kernel, OrtKernelContext *con
     c.tile = c.T < LONGEST_TILE ? c.T : LONGEST_TILE;
     int64_t d = a->d, F = 2 * a->f, seen = a->window ? a->window - 1 : 0;
     if (c.C && seen > c.C) seen = c.C;
-    int64_t rows = 2 * (a->K - 1 + c.tile) * d, widths = 3 * d + 3 * F + 2;
+    int64_t rows = 2 * (a->K - 1 + c.tile) * d, widths = 4 * d + 3 * F + 2;
     c.item_floats = padded(rows + c.tile * widths + c.tile * padded(seen + c.tile));
     c.columns = a->window && c.T >= LEAST_TRANSPOSED ? padded(seen + c.T) + 16 : 0;
     size_t turned = (size_t)(c.B * a->G * d * c.columns);
@@ -505,8 +505,12 @@ static void ORT_API_CALL free_product(void *kernel) { free(kernel); }
 static OrtStatus *ORT_API_CALL run_product(void *kernel, OrtKernelContext *context) {
     const StoredProduct *own = kernel;
     const Product *p = &own->of;
-    Tensor x;
+    Tensor x, offsets = {0}, bias = {0};
     TRY(input(context, X, &x));
+    if (!own->offsets.at) TRY(input(context, OFFSETS, &offsets));
+    if (!own->bias.at) TRY(input(context, BIAS, &bias));
+    if (offsets.rank || bias.rank)
+        return wrong("BlockProduct: offsets and bias must be constants that fit the product");
     if (!x.at || x.rank != 3 || x.dims[2] != p->K || x.dims[0] < 1 || x.dims[1] < 1)
         return wrong("BlockProduct: the input is not [B,T,K]");
     ProductCall c = {.of = p, .M = x.dims[0] * x.dims[1], .x = x.at, .weights = own->weights.at,

@@ -180,6 +180,13 @@ static __attribute__((unused)) void NAME(gemm)(int64_t M, int64_t N, int64_t K, 
         for (; j + 2 * VW <= N; j += 2 * VW) NAME(tile)(4, 2, K, a, lda, B + j, ldb, c + j, ldc);
         for (; j + VW <= N; j += VW) NAME(tile)(4, 1, K, a, lda, B + j, ldb, c + j, ldc);
     }
+    for (; i + 2 <= M; i += 2) {
+        const float *a = A + i * lda;
+        float *c = C + i * ldc;
+        int64_t j = 0;
+        for (; j + 2 * VW <= N; j += 2 * VW) NAME(tile)(2, 2, K, a, lda, B + j, ldb, c + j, ldc);
+        for (; j + VW <= N; j += VW) NAME(tile)(2, 1, K, a, lda, B + j, ldb, c + j, ldc);
+    }
     for (; i < M; i++) {
         const float *a = A + i * lda;
         float *c = C + i * ldc;
