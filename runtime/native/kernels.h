@@ -90,9 +90,7 @@ static void NAME(window)(const AttentionCall *c, int64_t b, int64_t g, int64_t t
         const float *columns = c->transposed + item * d * c->columns + from - begin;
         NAME(gemm)(m, stride, d, q, d, columns, c->columns, scores, stride); /* the last ones mean nothing */
     } else {
-        for (int64_t i = 0; i < m; i++)
-            for (int64_t j = 0; j < n; j++)
-                scores[i * stride + j] = NAME(dot)(q + i * d, keys + (from + j) * d, d);
+        for (int64_t i = 0; i < m; i++) NAME(dots)(q + i * d, keys + from * d, n, d, scores + i * stride);
     }
     for (int64_t i = 0; i < m; i++) { /* token i sees `window` rows up to its own */
         int64_t end = slot + i - from + 1, begin = end > a->window ? end - a->window : 0;

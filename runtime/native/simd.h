@@ -39,6 +39,26 @@ INLINE float NAME(top)(vf x) {
     return most;
 }
 
+/* the sums of four vectors */
+INLINE void NAME(four_sums)(const vf *x, float *out) {
+#if VW == 16
+    __m512 a = _mm512_add_ps(_mm512_unpacklo_ps((__m512)x[0], (__m512)x[1]),
+                             _mm512_unpackhi_ps((__m512)x[0], (__m512)x[1]));
+    __m512 b = _mm512_add_ps(_mm512_unpacklo_ps((__m512)x[2], (__m512)x[3]),
+                             _mm512_unpackhi_ps((__m512)x[2], (__m512)x[3]));
+    __m512 c = _mm512_add_ps((__m512)_mm512_unpacklo_pd((__m512d)a, (__m512d)b),
+                             (__m512)_mm512_unpackhi_pd((__m512d)a, (__m512d)b));
+    __m256 half = _mm256_add_ps(_mm512_castps512_ps256(c), _mm512_extractf32x8_ps(c, 1));
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+#elif VW == 8
+    __m256 a = _mm256_hadd_ps((__m256)x[0], (__m256)x[1]), b = _mm256_hadd_ps((__m256)x[2], (__m256)x[3]);
+    a = _mm256_hadd_ps(a, b);
+    _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1)));
+#else
+    for (int i = 0; i < 4; i++) out[i] = NAME(sum)(x[i]);
+#endif
+}
+
 /* e^x within 2 units in the last place; below -87.3 about 1e-38, NaN stays NaN.
  * Range reduction and polynomial of Moshier's Cephes library (expf). */
 INLINE vf NAME(exp)(vf x) {
@@ -134,6 +154,24 @@ INLINE float NAME(dot)(const float *x, const float *y, int64_t count) {
     float total = NAME(sum)(s);
     for (; i < count; i++) total += x[i] * y[i];
     return total;
+}
+
+/* out [n] = the rows of Y [n][d] times x [d] */
+INLINE void NAME(dots)(const float *x, const float *Y, int64_t n, int64_t d, float *out) {
+    int64_t j = 0;
+    for (; j + 4 <= n; j += 4) {
+        const float *y = Y + j * d;
+        vf s[4] = {NAME(all)(0.0f), NAME(all)(0.0f), NAME(all)(0.0f), NAME(all)(0.0f)};
+        int64_t i = 0;
+        for (; i + VW <= d; i += VW) {
+            vf a = NAME(load)(x + i);
+            for (int r = 0; r < 4; r++) s[r] += a * NAME(load)(y + r * d + i);
+        }
+        NAME(four_sums)(s, out + j);
+        for (; i < d; i++)
+            for (int r = 0; r < 4; r++) out[j + r] += x[i] * y[r * d + i];
+    }
+    for (; j < n; j++) out[j] = NAME(dot)(x, Y + j * d, d);
 }
 
 /* rows x [m][K] of stride lda times B [K][m' vectors] of stride ldb: a tile of m rows and n vectors */
