@@ -78,7 +78,7 @@ def example_inputs(module: DecoderLayer, batch: int = 2, tokens: int = 3, slots:
 
 
 # A trace takes seconds; several schemes of one model share it
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=16)
 def _trace_layer(geometry: str, config: str, full: bool, native: bool) -> Template:
     g, c = Geometry.from_dict(json.loads(geometry)), LawcatConfig.from_dict(json.loads(config))
     module = (native_module if native else layer_module)(g, c, full).eval()
