@@ -221,7 +221,7 @@ INLINE void rows(const int R, const int M, const int bits, const ProductCall *c,
         __m512 scale[4], sum[4];
         for (int m = 0; m < M; m++) {
             scale[m] = some(c->scale + m * p->chunks + k, p->chunks - k);
-            if (c->offsets) sum[m] = some(c->sum + m * p->chunks + k, p->chunks - k);
+            sum[m] = c->offsets ? some(c->sum + m * p->chunks + k, p->chunks - k) : _mm512_setzero_ps();
         }
         for (int r = 0; r < R; r++) {
             __m512 shift = _mm512_setzero_ps(), own = row_scales(c, n + r, k, &shift);
