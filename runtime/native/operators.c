@@ -96,6 +96,9 @@ typedef struct {
 static inline int64_t padded(int64_t count) { return (count + 15) / 16 * 16; }
 
 #include "products.h"
+#if defined(__aarch64__)
+#include "products_arm.h"
+#endif
 
 #define ISA base
 #define VW 4
@@ -148,10 +151,10 @@ static int has_f16c(void) {
 }
 #endif
 
-/* The best that this processor has; LAWCAT_EDGE_ISA=base, avx2 or avx512 asks for less, for tests. */
+/* The best that this processor has; LAWCAT_EDGE_ISA=base, avx2, avx512 or dotprod asks for less, for tests. */
 static void choose_kernels(void) {
-#ifdef X86
     const char *asked = getenv("LAWCAT_EDGE_ISA");
+#ifdef X86
     int most = !asked || !strcmp(asked, "avx512") ? 2 : !strcmp(asked, "avx2") ? 1 : 0;
     __builtin_cpu_init();
     if (most >= 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
@@ -161,6 +164,10 @@ static void choose_kernels(void) {
         kernels = &kernels_avx2, product = product_avx2;
     if (kernels == &kernels_avx512 && __builtin_cpu_supports("avx512vnni"))
         product = product_vnni, lanes_matter = 1;
+#elif defined(__aarch64__)
+    if ((!asked || !strcmp(asked, "dotprod")) && has_dot()) product = product_dot;
+#else
+    (void)asked;
 #endif
 }
 

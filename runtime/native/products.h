@@ -10,6 +10,8 @@
  */
 
 enum { GROUP = 64, MOST_CHUNKS = 4096, MOST_TOKENS = 256, FEW_TOKENS = 4 };
+enum { AHEAD = 4096 }; /* bytes: the processor's own prefetching ends with every page of memory */
+enum { SEGMENT = 16 }; /* chunks whose scales are at hand at once */
 
 typedef struct {
     int64_t N, K, block, chunk, chunks, blocks, groups;
@@ -157,9 +159,6 @@ static void product_avx2(void *of, size_t item) {
 /* -- AVX-512 with VNNI --------------------------------------------------------------------------------------- */
 
 #define INLINE static inline __attribute__((always_inline))
-
-enum { AHEAD = 4096 }; /* bytes: the processor's own prefetching ends with every page of memory */
-enum { SEGMENT = 16 }; /* chunks whose scales are at hand at once */
 
 /* The scales of chunks k to k + 15 of row n (0 past the last), and what its offsets make of the sums of x. */
 INLINE __m512 row_scales(const ProductCall *c, int64_t n, int64_t k, __m512 *shifts) {
