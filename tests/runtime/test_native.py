@@ -47,6 +47,7 @@ from lawcat_edge.runtime.bundle.flavours import DEFAULT_OPS, can_run
 from lawcat_edge.runtime.bundle.graph_check import check_model
 from lawcat_edge.runtime.bundle.manifest import write_manifest
 from lawcat_edge.runtime.bundle.verify import verify
+from lawcat_edge.runtime.engine.processor import has_vector_products
 from lawcat_edge.runtime.errors import LawcatError
 
 HELPERS = Path(__file__).parents[1] / "helpers"
@@ -339,6 +340,35 @@ def test_the_runner_takes_them_where_it_has_them(bundles: dict[str, Path]) -> No
     assert can_run("native")
     assert Engine(Bundle.open(bundles["narrow"]), threads=1).flavour == "native"
     assert [check.name for check in verify(bundles["narrow"])][-2:] == ["parity (ort)", "parity (native)"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "flags", "taken"),
+    [
+        (None, "avx2 fma f16c", True),
+        (None, "avx fma f16c", False),
+        ("1", "avx fma f16c", True),
+        ("0", "avx2 fma f16c", False),
+        ("", "avx fma f16c", False),
+    ],
+)
+def test_they_are_taken_on_processors_that_have_vectors_for_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str | None, flags: str, taken: bool
+) -> None:
+    (tmp_path / "_operators.abi3.so").touch()
+    (tmp_path / "cpuinfo").write_text(f"flags : {flags}\n")
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "__init__.py"))
+    this = functools.partial(has_vector_products, "x86_64", tmp_path / "cpuinfo")
+    monkeypatch.setattr(native, "has_vector_products", this)
+    monkeypatch.delenv("LAWCAT_EDGE_NATIVE", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("LAWCAT_EDGE_NATIVE", asked)
+    native.library.cache_clear()
+    try:
+        assert native.library() == (tmp_path / "_operators.abi3.so" if taken else None)
+        assert can_run("native") is taken
+    finally:
+        native.library.cache_clear()
 
 
 @built
