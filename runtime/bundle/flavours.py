@@ -43,7 +43,7 @@ def ranked(ops: Iterable[str]) -> list[str]:
 
 
 def can_run(op: str) -> bool:
-    """Whether this package has what the flavour needs beside onnxruntime."""
+    """Whether this package has what the flavour needs beside onnxruntime, and for this processor."""
     return not FLAVOURS[op].own or library() is not None
 
 

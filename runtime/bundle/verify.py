@@ -61,7 +61,7 @@ def verify(
             raise CheckFailed(f"{path} records no parity vectors to replay; export it again.")
         for flavour in manifest.ops:
             if not can_run(flavour):
-                passed(f"parity ({flavour})", "not run: this package was built without its operators")
+                passed(f"parity ({flavour})", "not run: this installation lacks its operators")
                 continue
             engine = Engine(bundle, threads=threads, flavour=flavour)
             worst = replay(engine, manifest.parity)

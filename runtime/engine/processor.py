@@ -18,13 +18,30 @@ def saturates(machine: str | None = None, cpuinfo: Path = Path("/proc/cpuinfo"))
     """
     if (machine or platform.machine()).lower() not in _X86:
         return False
+    return not {"avx512_vnni", "avx_vnni"} & _features(cpuinfo, "flags")
+
+
+def has_vector_products(machine: str | None = None, cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether ``runtime/native`` has products in vector instructions that this processor knows.
+
+    False where one does not say what it has, unless it is Apple's, which all have the dot product.
+    """
+    machine = (machine or platform.machine()).lower()
+    if machine in ("x86_64", "amd64"):
+        return {"avx2", "fma", "f16c"} <= _features(cpuinfo, "flags")
+    if machine in ("arm64", "aarch64"):
+        return platform.system() == "Darwin" or "asimddp" in _features(cpuinfo, "Features")
+    return False
+
+
+def _features(cpuinfo: Path, key: str) -> set[str]:
+    """What the first processor's line of this name lists; nothing where there is none to read."""
     try:
         about = cpuinfo.read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return True
-    lines = (line for line in about.splitlines() if line.startswith("flags"))
-    flags = next(lines, "").partition(":")[2].split()
-    return not {"avx512_vnni", "avx_vnni"} & set(flags)
+        return set()
+    lines = (line for line in about.splitlines() if line.startswith(key))
+    return set(next(lines, "").partition(":")[2].split())
 
 
 def physical_cores() -> int:

@@ -368,8 +368,10 @@ def _choose_flavour(bundle: Bundle, flavour: str | None) -> str:
         )
     if not can_run(flavour):
         raise LawcatError(
-            f"This installation lacks the operators of {flavour!r}: it was built without a C compiler, or "
-            "LAWCAT_EDGE_NATIVE is 0; install it again where there is one, or take another flavour."
+            f"This installation lacks the operators of {flavour!r}: it was built without a C compiler, "
+            "this processor has none of the vector instructions that they use (LAWCAT_EDGE_NATIVE=1 runs "
+            "them all the same), or LAWCAT_EDGE_NATIVE is 0; install it again where there is a compiler, or "
+            "take another flavour."
         )
     return flavour
 

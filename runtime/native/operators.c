@@ -33,6 +33,7 @@
 #include <string.h>
 
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
 #define X86 1
 #endif
@@ -95,6 +96,9 @@ typedef struct {
 static inline int64_t padded(int64_t count) { return (count + 15) / 16 * 16; }
 
 #include "products.h"
+#if defined(__aarch64__)
+#include "products_arm.h"
+#endif
 
 #define ISA base
 #define VW 4
@@ -139,20 +143,31 @@ static const Kernels *kernels = &kernels_base;
 static void (*product)(void *, size_t) = product_base;
 static int lanes_matter = 0; /* whether `product` reads lane_zero */
 
-/* The best that this processor has; LAWCAT_EDGE_ISA=base, avx2 or avx512 asks for less, for tests. */
-static void choose_kernels(void) {
 #ifdef X86
+/* Clang's __builtin_cpu_supports does not know f16c in every version. */
+static int has_f16c(void) {
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
+/* The best that this processor has; LAWCAT_EDGE_ISA=base, avx2, avx512 or dotprod asks for less, for tests. */
+static void choose_kernels(void) {
     const char *asked = getenv("LAWCAT_EDGE_ISA");
+#ifdef X86
     int most = !asked || !strcmp(asked, "avx512") ? 2 : !strcmp(asked, "avx2") ? 1 : 0;
     __builtin_cpu_init();
     if (most >= 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
         kernels = &kernels_avx512, product = product_avx2;
-    else if (most >= 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-             __builtin_cpu_supports("f16c"))
+    else if (most >= 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c())
         kernels = &kernels_avx2, product = product_avx2;
     if (kernels == &kernels_avx512 && __builtin_cpu_supports("avx512vnni"))
         product = product_vnni, lanes_matter = 1;
+#elif defined(__aarch64__)
+    if ((!asked || !strcmp(asked, "dotprod")) && has_dot()) product = product_dot;
+#else
+    (void)asked;
 #endif
 }
 

@@ -10,6 +10,8 @@
  */
 
 enum { GROUP = 64, MOST_CHUNKS = 4096, MOST_TOKENS = 256, FEW_TOKENS = 4 };
+enum { AHEAD = 4096 }; /* bytes: the processor's own prefetching ends with every page of memory */
+enum { SEGMENT = 16 }; /* chunks whose scales are at hand at once */
 
 typedef struct {
     int64_t N, K, block, chunk, chunks, blocks, groups;
@@ -158,9 +160,6 @@ static void product_avx2(void *of, size_t item) {
 
 #define INLINE static inline __attribute__((always_inline))
 
-enum { AHEAD = 4096 }; /* bytes: the processor's own prefetching ends with every page of memory */
-enum { SEGMENT = 16 }; /* chunks whose scales are at hand at once */
-
 /* The scales of chunks k to k + 15 of row n (0 past the last), and what its offsets make of the sums of x. */
 INLINE __m512 row_scales(const ProductCall *c, int64_t n, int64_t k, __m512 *shifts) {
     const Product *p = c->of;
@@ -221,7 +220,7 @@ INLINE void rows(const int R, const int M, const int bits, const ProductCall *c,
         __m512 scale[4], sum[4];
         for (int m = 0; m < M; m++) {
             scale[m] = some(c->scale + m * p->chunks + k, p->chunks - k);
-            if (c->offsets) sum[m] = some(c->sum + m * p->chunks + k, p->chunks - k);
+            sum[m] = c->offsets ? some(c->sum + m * p->chunks + k, p->chunks - k) : _mm512_setzero_ps();
         }
         for (int r = 0; r < R; r++) {
             __m512 shift = _mm512_setzero_ps(), own = row_scales(c, n + r, k, &shift);

@@ -26,6 +26,8 @@ INLINE float NAME(sum)(vf x) {
     __m128 h = _mm_add_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1));
     h = _mm_add_ps(h, _mm_movehl_ps(h, h));
     return _mm_cvtss_f32(_mm_add_ss(h, _mm_shuffle_ps(h, h, 1)));
+#elif defined(__aarch64__)
+    return vaddvq_f32((float32x4_t)x);
 #else
     float total = 0;
     for (int i = 0; i < VW; i++) total += x[i];

@@ -20,7 +20,7 @@ from tiny_bundle import IM_END, V, build_tiny_bundle, rewrite_manifest
 from lawcat_edge.runtime import LawcatError, Model, SamplingOptions
 from lawcat_edge.runtime.bundle.graph_check import ModelSummary, Node
 from lawcat_edge.runtime.bundle.manifest import Bundle, StateTensor
-from lawcat_edge.runtime.engine.processor import physical_cores, saturates
+from lawcat_edge.runtime.engine.processor import has_vector_products, physical_cores, saturates
 from lawcat_edge.runtime.engine.rotary import angles, inverse_frequencies
 from lawcat_edge.runtime.engine.session import PORTABLE_CHUNK, Engine, _in_place_is_safe
 from lawcat_edge.runtime.engine.state import State
@@ -555,6 +555,39 @@ def test_weights_are_widened_on_an_x86_that_may_saturate(
     if cpuinfo is not None:
         (tmp_path / "cpuinfo").write_text(cpuinfo)
     assert saturates(machine, tmp_path / "cpuinfo") is expected
+
+
+@pytest.mark.parametrize(
+    ("machine", "system", "cpuinfo", "expected"),
+    [
+        ("x86_64", "Linux", "model name : x\nflags\t\t: fpu f16c fma avx2\n", True),
+        ("AMD64", "Linux", "flags : avx2 fma f16c avx512f\n", True),
+        ("x86_64", "Linux", "flags : avx2 fma\n", False),
+        ("x86_64", "Linux", "flags : avx2 f16c fma4\n", False),
+        ("x86_64", "Linux", "flags : avx fma f16c\n", False),
+        ("x86_64", "Linux", "vendor_id : no flags here avx2 fma f16c\n", False),
+        ("x86_64", "Darwin", None, False),
+        ("i686", "Linux", "flags : avx2 fma f16c\n", False),
+        ("aarch64", "Linux", "processor\t: 0\nFeatures\t: fp asimd asimddp\n", True),
+        ("aarch64", "Linux", "processor : 0\nFeatures : fp asimd asimdrdm\n", False),
+        ("aarch64", "Linux", None, False),
+        ("arm64", "Darwin", None, True),
+        ("armv7l", "Linux", "Features : neon asimddp\n", False),
+        ("riscv64", "Linux", "isa : rv64imafdcv\n", False),
+    ],
+)
+def test_products_in_vector_instructions_are_for_processors_that_say_they_have_them(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    machine: str,
+    system: str,
+    cpuinfo: str | None,
+    expected: bool,
+) -> None:
+    monkeypatch.setattr("platform.system", lambda: system)
+    if cpuinfo is not None:
+        (tmp_path / "cpuinfo").write_text(cpuinfo)
+    assert has_vector_products(machine, tmp_path / "cpuinfo") is expected
 
 
 def test_the_default_is_no_more_threads_than_the_process_may_use() -> None:

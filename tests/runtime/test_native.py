@@ -6,6 +6,7 @@ import functools
 import itertools
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -46,6 +47,7 @@ from lawcat_edge.runtime.bundle.flavours import DEFAULT_OPS, can_run
 from lawcat_edge.runtime.bundle.graph_check import check_model
 from lawcat_edge.runtime.bundle.manifest import write_manifest
 from lawcat_edge.runtime.bundle.verify import verify
+from lawcat_edge.runtime.engine.processor import has_vector_products
 from lawcat_edge.runtime.errors import LawcatError
 
 HELPERS = Path(__file__).parents[1] / "helpers"
@@ -97,7 +99,8 @@ def without(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 # -- the numbers ---------------------------------------------------------------------------------------------
 
-ONES = [(isa, threads) for isa in ("base", "avx2", "avx512") for threads in (1, 2)]
+ISAS = ("base", "avx2", "avx512") if platform.machine() in ("x86_64", "AMD64") else ("base", "dotprod")
+ONES = [(isa, threads) for isa in ISAS for threads in (1, 2)]
 
 
 @pytest.fixture(scope="module", params=ONES, ids=lambda one: f"{one[0]}-{one[1]}")
@@ -213,7 +216,7 @@ def test_a_product_is_that_of_float64(outputs: dict[str, np.ndarray]) -> None:
 
 
 @built
-@pytest.mark.parametrize(("isa", "threads"), [("base", 2), ("avx2", 1), ("avx512", 1), ("avx512", 2)])
+@pytest.mark.parametrize(("isa", "threads"), [("base", 2), *((isa, 1) for isa in ISAS[1:]), (ISAS[-1], 2)])
 def test_a_bundle_gives_the_logits_of_its_other_flavours(
     bundles: dict[str, Path], isa: str, threads: int
 ) -> None:
@@ -337,6 +340,35 @@ def test_the_runner_takes_them_where_it_has_them(bundles: dict[str, Path]) -> No
     assert can_run("native")
     assert Engine(Bundle.open(bundles["narrow"]), threads=1).flavour == "native"
     assert [check.name for check in verify(bundles["narrow"])][-2:] == ["parity (ort)", "parity (native)"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "flags", "taken"),
+    [
+        (None, "avx2 fma f16c", True),
+        (None, "avx fma f16c", False),
+        ("1", "avx fma f16c", True),
+        ("0", "avx2 fma f16c", False),
+        ("", "avx fma f16c", False),
+    ],
+)
+def test_they_are_taken_on_processors_that_have_vectors_for_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str | None, flags: str, taken: bool
+) -> None:
+    (tmp_path / "_operators.abi3.so").touch()
+    (tmp_path / "cpuinfo").write_text(f"flags : {flags}\n")
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "__init__.py"))
+    this = functools.partial(has_vector_products, "x86_64", tmp_path / "cpuinfo")
+    monkeypatch.setattr(native, "has_vector_products", this)
+    monkeypatch.delenv("LAWCAT_EDGE_NATIVE", raising=False)
+    if asked is not None:
+        monkeypatch.setenv("LAWCAT_EDGE_NATIVE", asked)
+    native.library.cache_clear()
+    try:
+        assert native.library() == (tmp_path / "_operators.abi3.so" if taken else None)
+        assert can_run("native") is taken
+    finally:
+        native.library.cache_clear()
 
 
 @built
