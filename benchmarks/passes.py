@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""What a pass over the model costs by the number of tokens and of sequences, for every flavour of a bundle.
+"""What a pass over the model costs by the number of tokens and of sequences, for bundles and their flavours.
 
-    python benchmarks/passes.py BUNDLE [--flavours native,ort] [--threads 2] [--rounds 25]
+    python benchmarks/passes.py BUNDLE... [--flavours native,ort] [--threads 2] [--rounds 25]
 
 In times of a pass of one token of one sequence, all with a window that is full: `tokens` (of one sequence),
 `trial` (the same tokens read on trial, as drafts are, with the logits of all) and `sequences` (a token of
-each). All sizes of all flavours take turns, and the fastest quarter of the passes counts, so that whatever
-else the machine does meets all alike. What drafts cost in `runtime/generate/draft.py` is from here. The last
-line is JSON.
+each). All sizes of all bundles and flavours take turns, and the fastest quarter of the passes counts, so that
+whatever else the machine does meets all alike. What drafts cost in `runtime/generate/draft.py` is from here.
+The last line is JSON.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
@@ -43,32 +44,33 @@ def passes(engine: Engine, window: int) -> dict[tuple[str, int], Callable[[], ob
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("bundle")
+    parser.add_argument("bundles", nargs="+", type=Path)
     parser.add_argument("--flavours", default="native,ort")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=25)
     options = parser.parse_args()
-    bundle = Bundle.open(options.bundle)
-    made = {
-        flavour: passes(Engine(bundle, options.threads, flavour), bundle.manifest.window)
-        for flavour in options.flavours.split(",")
-    }
+    made = {}
+    for path in options.bundles:
+        bundle = Bundle.open(path)
+        for flavour in options.flavours.split(","):
+            engine = Engine(bundle, options.threads, flavour)
+            made[f"{path.name} {flavour}"] = passes(engine, bundle.manifest.window)
     seconds: dict[str, dict[tuple[str, int], list[float]]] = {
-        flavour: {key: [] for key in own} for flavour, own in made.items()
+        name: {key: [] for key in own} for name, own in made.items()
     }
     for _ in range(options.rounds):
-        for flavour, own in made.items():
+        for name, own in made.items():
             for key, run in own.items():
                 begin = time.perf_counter()
                 run()
-                seconds[flavour][key].append(time.perf_counter() - begin)
+                seconds[name][key].append(time.perf_counter() - begin)
     report: dict[str, dict[str, float]] = {}
-    for flavour, own in seconds.items():
+    for name, own in seconds.items():
         fast = {key: float(np.percentile(values, 25)) for key, values in own.items()}
         one = fast["tokens", 1]
-        report[flavour] = {f"{kind} {count}": round(value / one, 3) for (kind, count), value in fast.items()}
-        report[flavour]["ms"] = round(one * 1e3, 3)
-        print(f"{flavour}: {one * 1e3:.2f} ms for one token")
+        report[name] = {f"{kind} {count}": round(value / one, 3) for (kind, count), value in fast.items()}
+        report[name]["ms"] = round(one * 1e3, 3)
+        print(f"{name}: {one * 1e3:.2f} ms for one token")
         for kind in ("tokens", "trial", "sequences"):
             sizes = (f"{count}: {fast[kind, count] / one:.2f}" for of, count in fast if of == kind)
             print(f"  {kind:10}", "  ".join(sizes))
