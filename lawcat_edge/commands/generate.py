@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lawcat_edge.runtime import Context, Generation, Model
 
 MAX_TEXT_BYTES = 1 << 30
-SPECULATE_HELP = "Tokens drafted at most where the text repeats itself, or off; default: 8."
+SPECULATE_HELP = "Tokens drafted at most where the text repeats itself, or off; default: 16."
 
 
 def speculation(text: str | None) -> dict[str, int]:

@@ -68,7 +68,7 @@ def test_a_graph_of_the_bench_computes_what_the_bundle_does(tmp_path: Path, name
         teacher, model, adapter, tmp_path / "exact", scheme=replace(SCHEMES["fp32"], rotate=scheme.rotate)
     )
     seen, before = (
-        np.concatenate(list(BundleModel(tmp_path / folder, threads=1).logits(IDS, 1000)))
+        np.concatenate(list(BundleModel(tmp_path / folder, threads=1, flavour="ort").logits(IDS, 1000)))
         for folder in ("bundle", "exact")
     )
     kinds = {str(i): product for i, product in enumerate(dict.fromkeys(scheme.linears.values()))}
