@@ -302,7 +302,6 @@ static void NAME(quantise)(void *of, size_t item) {
     int64_t m = (int64_t)item, zero = p->bits == 8 ? 128 : 8;
     const float *x = c->x + m * p->K;
     int8_t *a = c->a + m * c->stride;
-    int32_t *lanes = c->lane_zero + m * p->groups * 16;
     if (p->bits == 4) memset(a, 0, (size_t)c->stride); /* the last group may not be full */
     for (int64_t k = 0; k < p->chunks; k++) {
         int64_t begin = k * p->chunk, count = p->K - begin < p->chunk ? p->K - begin : p->chunk;
@@ -332,6 +331,7 @@ static void NAME(quantise)(void *of, size_t item) {
         c->chunk_zero[m * p->chunks + k] = (int32_t)-zero * total;
     }
     if (!c->lane_zero) return;
+    int32_t *lanes = c->lane_zero + m * p->groups * 16;
     for (int64_t g = 0; g < p->groups; g++)
         for (int64_t lane = 0; lane < 16; lane++) {
             const int8_t *even = a + g * (p->bits == 8 ? 64 : 128) + 4 * lane, *odd = even + 64;

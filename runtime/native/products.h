@@ -47,14 +47,21 @@ static inline float half_to_float(uint16_t half) {
     return out.value;
 }
 
+/* The rows that one item of a run has: from *n up to *end. */
+static inline void slice_of(const ProductCall *c, size_t item, int64_t *n, int64_t *end) {
+    *n = (int64_t)item * c->rows_in_slice;
+    *end = *n + c->rows_in_slice < c->of->N ? *n + c->rows_in_slice : c->of->N;
+}
+
 /* -- without vector instructions of its own ------------------------------------------------------------------ */
 
 static void product_base(void *of, size_t item) {
     const ProductCall *c = of;
     const Product *p = c->of;
-    int64_t begin = (int64_t)item * c->rows_in_slice, end = begin + c->rows_in_slice;
+    int64_t begin, end;
+    slice_of(c, item, &begin, &end);
     int64_t bytes = p->chunk * p->bits / 8, per_block = p->block / p->chunk;
-    for (int64_t n = begin; n < (end < p->N ? end : p->N); n++)
+    for (int64_t n = begin; n < end; n++)
         for (int64_t m = 0; m < c->M; m++) {
             float total = c->bias ? c->bias[n] : 0.0f;
             for (int64_t k = 0; k < p->chunks; k++) {
@@ -91,10 +98,11 @@ static void product_base(void *of, size_t item) {
 static void product_avx2(void *of, size_t item) {
     const ProductCall *c = of;
     const Product *p = c->of;
-    int64_t begin = (int64_t)item * c->rows_in_slice, end = begin + c->rows_in_slice;
+    int64_t begin, end;
+    slice_of(c, item, &begin, &end);
     int64_t bytes = p->chunk * p->bits / 8, per_block = p->block / p->chunk;
     const __m128i low = _mm_set1_epi8(15);
-    for (int64_t n = begin; n < (end < p->N ? end : p->N); n++) {
+    for (int64_t n = begin; n < end; n++) {
         const uint8_t *row = c->weights + n * p->blocks * per_block * bytes;
         for (int64_t m0 = 0; m0 < c->M; m0 += 8) {
             int64_t count = c->M - m0 < 8 ? c->M - m0 : 8;
@@ -396,8 +404,8 @@ INLINE void product_of_bits(const int bits, const ProductCall *c, int64_t n, int
 
 static void product_vnni(void *of, size_t item) {
     const ProductCall *c = of;
-    int64_t n = (int64_t)item * c->rows_in_slice, end = n + c->rows_in_slice;
-    if (end > c->of->N) end = c->of->N;
+    int64_t n, end;
+    slice_of(c, item, &n, &end);
     if (c->of->bits == 8)
         product_of_bits(8, c, n, end);
     else

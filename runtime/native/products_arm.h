@@ -257,8 +257,8 @@ INLINE void product_of_bits(const int bits, const ProductCall *c, int64_t n, int
 
 static void product_dot(void *of, size_t item) {
     const ProductCall *c = of;
-    int64_t n = (int64_t)item * c->rows_in_slice, end = n + c->rows_in_slice;
-    if (end > c->of->N) end = c->of->N;
+    int64_t n, end;
+    slice_of(c, item, &n, &end);
     if (c->of->bits == 8)
         product_of_bits(8, c, n, end);
     else
